@@ -5,11 +5,11 @@ The first case that applies names the cause:
 
     1. A rank had wrong input (exit code 2).
     2. A node no longer answers.
-    3. A rank vanished without a report: it was killed, crashed in native code, or exited early with any code. A victim
-       would have had time to report.
+    3. A rank vanished without a report: it was killed, crashed in native code, or exited early. A victim would have
+       had time to report.
     4. Ranks are silent while the others timed out in a collective. The silent ranks hang.
     5. Otherwise, the rank with the earliest error, by the hosts' uptime clocks, is named. If this error blames other
-       ranks, they are named instead: the ranks with the non-finite loss, or without their part of a checkpoint.
+       ranks, they are named: the ranks with the non-finite loss, or without their part of a checkpoint.
 """
 
 import contextlib
@@ -31,18 +31,17 @@ from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 from conf.words import steps_in_words
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes that prove that a rank is no victim. SIGABRT is not among them: libraries abort when they lose a peer."""
+"""Exit codes that prove that a rank is no victim; SIGABRT does not."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
-"""Text that torch prints before it aborts a rank that waited too long in a GPU collective."""
+"""Text of torch before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10
-"""Maximum bytes of output kept to explain a rank that ended without a report."""
+"""Maximum bytes of output kept of a rank without a report."""
 LAST_WORDS_BYTES = 64 << 10
-"""Bytes of disk that a rank reserves for a failure report on a full disk."""
+"""Bytes that a rank reserves for its report on a full disk."""
 NEWS_BYTES = 16 << 20
-"""Maximum bytes read from a file in which a rank reports its state."""
+"""Maximum bytes read from a file of a rank's state."""
 SAID = 4 << 10
-"""Maximum characters of the headline, and of the message, in a shortened report. The result fits into LAST_WORDS_BYTES.
-"""
+"""Maximum characters of headline and of message in a shortened report."""
 CURES_OF_SIGNALS: dict[int, str] = {
     signal.SIGKILL: "look at dmesg for the kernel's out-of-memory kills (lower micro_batch_size or model.loss_chunk if memory is short); "
     "otherwise a person, a job scheduler or a container runtime sent SIGKILL",
@@ -60,7 +59,7 @@ CURE_OF_EXITS = (
 
 
 class Kind(Enum):
-    """Kind of failure that ended an attempt. Each kind has its own failure budget."""
+    """Kind of failure that ended an attempt, each with its own failure budget."""
 
     user = "bad input"
     node = "node lost"
@@ -73,30 +72,26 @@ class Kind(Enum):
 
 @dataclass
 class Failure:
-    """The report of a failed rank, written by the rank and read by the driver."""
+    """The report of a failed rank, which the driver reads."""
 
     rank: int
     time: float
-    """Time of the failure in seconds since the start of the host (`cluster.clocks.uptime`). The agent converts it to
-    Unix time.
-    """
+    """Seconds since the host's start (`cluster.clocks.uptime`); the agent converts them to Unix time."""
     kind: str
     """Kind of failure, one of: user, timeout, stopped, crash."""
     message: str
-    """Sluice's error screen, or the traceback of the error that was raised first."""
+    """Sluice's error screen, or the traceback of the first error."""
     code: int
     ranks: list[int] = field(default_factory=list)
-    """Ranks where the failure began; empty if the reporting rank does not know them."""
+    """Ranks where the failure began; empty if unknown."""
     headline: str = ""
-    """The failure in one line; empty if `message` already contains this line."""
+    """The failure in one line; empty if `message` has it."""
     whole: str = ""
-    """The traceback with the first error and all errors that followed from it. Empty if no error followed."""
+    """The traceback of the first error and all that followed; empty if none followed."""
 
     def write(self, logs: Path) -> None:
-        """Write the report.
-
-        On a full disk, a shortened report uses the space that `begin_work` reserved. Raises OSError if the disk refuses
-        this, too.
+        """Write the report. On a full disk, a shortened report uses the space that `begin_work` reserved. Raises
+        OSError.
         """
         logs.mkdir(parents=True, exist_ok=True)
         path = failure_path(logs, self.rank)
@@ -110,7 +105,7 @@ class Failure:
 
 
 def begin_work(logs: Path, rank: int) -> None:
-    """Write the file that marks a working rank; `end_work` removes it. Raises OSError if the disk refuses it."""
+    """Write the file that marks a working rank. Raises OSError."""
     logs.mkdir(parents=True, exist_ok=True)
     path = at_work_path(logs, rank)
     with naming(path, LAST_WORDS_BYTES), open(path, "wb", opener=open_plain) as file:
@@ -118,44 +113,44 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the file that marks a working rank. Raises OSError if the disk refuses the change."""
+    """Remove the file that marks a working rank. Raises OSError."""
     at_work_path(logs, rank).unlink(missing_ok=True)
 
 
 @dataclass
 class RankReport:
-    """State of one rank, as seen by the rank's agent or by the driver of local ranks."""
+    """State of one rank, from its agent or the local driver."""
 
     rank: int
     code: int | None = None
-    """Exit code, or the negative number of the signal that ended the rank. None while the rank runs."""
+    """Exit code, or the negative number of a signal; None while the rank runs."""
     failure: Failure | None = None
     """The report that the rank wrote before it failed."""
     step: int = -1
-    """Optimizer step that the rank works on, from 1; -1 before the loop has begun."""
+    """Optimizer step of the rank, from 1; -1 before the loop."""
     phase: str = "start"
-    """What the rank is doing, as it reports: start, step, validation, checkpoint, or the name of a callback's hook."""
+    """Phase: start, step, validation, checkpoint, or a callback's hook."""
     busy: float | None = None
-    """Seconds of the rank's own work in the last step, without waits for other ranks. None if not reported."""
+    """Seconds of the last step without waits for other ranks, or None."""
     seconds: float | None = None
     """Seconds of the last step, including the waits for other ranks."""
     memory: int = 0
-    """Peak memory in bytes of the rank's device, or of its process on a CPU; 0 if not reported."""
+    """Peak memory in bytes of the rank's device (CPU: its process), or 0."""
     sequences: float = 0.0
-    """Sequences in the current step, over all ranks; 0 if not reported."""
+    """Sequences in the current step, over all ranks, or 0."""
     on_gpu: bool = False
     done: int = 0
-    """Number of work units completed so far. It shows progress within a step; see cluster/comm_ring.py."""
+    """Number of completed work units (cluster/comm_ring.py), which shows progress."""
     written: int = 0
     """Bytes of checkpoints that the rank has written so far."""
     waited_for_core: float = 0.0
-    """Seconds so far in which the rank was ready but had no CPU core; see cluster/spawn.py."""
+    """Seconds in which the rank was ready but had no CPU core."""
     state: str = ""
     """Letter of the process state of Linux; T means stopped."""
     log_tail: str | None = ""
-    """Last lines of the rank's output, read after its failure. None if the output went to the driver's terminal."""
+    """Last lines of a failed rank's output; None if the driver's terminal has them."""
     deserted: bool = False
-    """Whether the rank ended before the end of its work. If so, code outside Sluice chose the exit code."""
+    """Whether the rank ended before its work was complete. Code outside Sluice then chose the exit code."""
 
     @property
     def ended(self) -> bool:
@@ -163,27 +158,27 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        """Whether the rank failed. A rank that stopped on request did not fail, even if it wrote a failure report."""
+        """Whether the rank failed. A stop on request is no failure."""
         if self.failure is not None:
             return self.failure.code != EXIT_STOPPED
         return self.deserted or self.code not in (None, EXIT_OK, EXIT_STOPPED)
 
     @property
     def said(self) -> int | None:
-        """The exit code that the rank chose; None if the rank did not choose one."""
+        """The exit code that the rank chose, or None."""
         return None if self.deserted else self.failure.code if self.failure else self.code
 
     @property
     def certain(self) -> bool:
-        """Whether the rank's end proves that the rank is no victim of another rank's failure."""
+        """Whether the rank's end proves that it is no victim."""
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
     """Read the files that a rank left in its folder.
 
-    code: the rank's exit code; None while it runs. Get the exit code before this call, because a rank may write until
-    it ends. pid: the rank's process id, if the process is on this machine.
+    code: exit code, read before this call because a rank may write until it ends; None while it runs. pid: process id
+    on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
@@ -210,7 +205,7 @@ def _number(found: Any) -> Any:
 
 
 def _failure(found: Any) -> Failure | None:
-    """Return `found` as a Failure, or None if it is not in the format of a failure report."""
+    """Return `found` as a Failure, or None for another format."""
     match found:
         case {
             "rank": int(),
@@ -239,14 +234,13 @@ class Cause:
     log: str = field(default="", repr=False)
     """Text that explains the failure: output or stacks of ranks."""
     advice: str = ""
-    """Advice that follows from the rank's end; empty if there is none."""
+    """Advice that follows from the rank's end, or empty."""
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
     """Return the cause of the failure, or None if no rank failed.
 
-    reports: those of all ranks on reachable nodes. names: node of each rank. Without `names`, all ranks are on one
-    machine, and the texts name no machine.
+    reports: reports of all ranks on reachable nodes. names: node of each rank; empty for one machine.
     """
     failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)
     first = failed[0] if failed else None
@@ -299,7 +293,7 @@ def _cause(
 
 
 def _headline(message: str) -> str:
-    """Return what happened: the message if it is an error screen, else its first line."""
+    """Return the message if it is an error screen, else its first line."""
     return message.strip() if "\n  rule: " in message else message.strip().splitlines()[0]
 
 
@@ -312,7 +306,7 @@ def _tail(report: RankReport) -> str:
 
 
 def _how(report: RankReport) -> str:
-    """Describe how a rank ended, if the rank wrote no failure report."""
+    """Describe the end of a rank without a failure report."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
@@ -325,12 +319,12 @@ def _how(report: RankReport) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return the name of a signal; for real-time signals without a name, the number."""
+    """Return a signal's name, or its number if it has none."""
     return signal.Signals(number).name if number in set(signal.Signals) else f"{number}"
 
 
 def cure_of_end(code: int | None) -> str:
-    """Return advice for a rank that ended without a report. code: exit code, or the negative number of a signal."""
+    """Return advice for a rank that ended with this code without a report."""
     if code is None or code >= 0:
         return CURE_OF_EXITS
     return CURES_OF_SIGNALS.get(-code, CURE_OF_OTHER_SIGNALS)
@@ -339,16 +333,17 @@ def cure_of_end(code: int | None) -> str:
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")
 """Names of functions in which a rank waits for other ranks."""
 NATIVE_HEAD = "Native threads, by pystack: "
-"""Heading in a rank's stacks. The stacks of native threads follow this heading."""
+"""Heading before the stacks of native threads."""
 _OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
-"""Matches files of Python's standard library. A `wait` in these files is local: it does not wait for another rank."""
+"""Matches the standard library's files. A `wait` there is not for another rank."""
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
-    """Name the ranks that hang.
+    """Name the ranks that hang: the first of these groups that has some but not all ranks.
 
-    Three groups are checked in this order: stopped ranks, ranks without a stack, and ranks that do not wait for others.
-    The first group that has some but not all ranks is named.
+        - stopped ranks
+        - ranks without a stack
+        - ranks that do not wait for others
 
     stacks: faulthandler traceback of each rank that answered.
     """
@@ -370,20 +365,18 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
 
 
 def main_thread_frames(stack: str) -> list[str]:
-    """Return the frames of the main thread, innermost first. faulthandler prints the main thread last."""
+    """Return the frames of the main thread, innermost first. faulthandler prints this thread last."""
     start = max(stack.rfind("\nThread "), stack.rfind("\nCurrent thread "), 0)
     return [line.strip() for line in stack[start:].splitlines() if line.lstrip().startswith("File ")]
 
 
 def waits_for_ranks(stack: str) -> bool:
-    """Whether the innermost frames of the main thread wait for other ranks. Waits for local threads and queues do not
-    count.
-    """
+    """Whether the main thread's innermost frames wait for other ranks, not for local threads."""
     frames = [frame for frame in main_thread_frames(stack)[:4] if not _OF_PYTHON.search(frame)]
     return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)
 
 
 def innermost(stack: str) -> str:
-    """Return text that names the line that the main thread is executing. stack: stacks of all threads of the rank."""
+    """Return text about the line that the main thread executes. stack: stacks of all threads."""
     frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

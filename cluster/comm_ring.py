@@ -1,7 +1,7 @@
-"""Stores a rank's recent communication in a file that outlives the rank.
+"""Stores a rank's recent communication in a file that outlives the rank: the rank's ring.
 
-This file is called the rank's ring. It records recent collectives, sends and receives, with step, phase and pipeline
-action. The file is mapped into memory, so its content survives SIGKILL. Its parts:
+The ring records collectives, sends and receives, with step, phase and pipeline action. It is mapped into memory, so its
+content survives SIGKILL. Its parts:
 
     header    80 bytes: magic, version, number of records, rank, number of ranks, process id, Unix time of creation,
               host
@@ -11,8 +11,8 @@ action. The file is mapped into memory, so its content survives SIGKILL. Its par
               refer to a line by its number. A line is written before the first record that refers to it
     records   88 bytes each; a new record overwrites the oldest record
 
-Threads write without a lock. Each record has a unique number at its start and at its end. If the two numbers are equal,
-the record is complete. Readers skip incomplete records. This file does not import torch.
+Threads write without a lock. A record is complete if the unique numbers at its start and its end are equal. Readers
+skip incomplete records. This file does not import torch.
 """
 
 import itertools
@@ -40,9 +40,9 @@ MOST_RANKS = 1 << 20
 RING_BYTES = 16 << 20
 """Maximum bytes that a reader reads from a ring file."""
 RECORDS = 8192
-"""Number of records in a ring file: enough for some steps of a large layout."""
+"""Number of records in a ring: some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
-"""Offsets in bytes of the current state, the table and the records."""
+"""Byte offsets of the current state, the table and the records."""
 HEADER = struct.Struct("<12sIIIIId32s")
 NOW = struct.Struct("<IhBxHHH2xd")
 """Format of the current state: step, layer, phase, kind of action, stage, micro-batch, Unix time."""
@@ -72,22 +72,18 @@ ELEMENT_TYPES = (
     "float8_e4m3fn",
     "other",
 )
-"""Names of the element types of an operation. The first name, "", means that the operation sends nothing."""
+"""Names of element types. The first, "", means that nothing is sent."""
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
 _OTHER = ELEMENT_TYPES.index("other")
 _TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
 LEAST_SENT, ALL_SENT = 128, 1 << 20
-"""Limits of `pack_ring`: minimum records of one packed ring, and maximum records of all ranks' packed rings together.
-"""
+"""Limits of `pack_ring`: minimum records of one ring, and maximum records of all rings together."""
 NO_LAYER = -1
 
 
 class CommGroup(NamedTuple):
-    """A group of ranks that communicate.
-
-    name: name of the group, equal on all its ranks. label: the layout's name for the group.
-    """
+    """A group of ranks that communicate. name: equal on all its ranks. label: the layout's name for the group."""
 
     name: str
     label: str
@@ -99,31 +95,27 @@ class CommRecord(NamedTuple):
 
     group: CommGroup
     seq: int
-    """Sequence number of the operation in its group on this rank, from 1. Sends and receives are numbered per
-    pair of ranks.
-    """
+    """Number of the operation in its group, from 1; for sends and receives, per pair of ranks."""
     kind: str
     dtype: str
     sent: int
     received: int
-    """Numbers of elements that this rank sent (`sent`) and received (`received`)."""
+    """Numbers of sent and of received elements."""
     peer: int
-    """Rank at the other end of a send or receive; -1 otherwise."""
+    """Rank at the other end of a message; -1 otherwise."""
     step: int
     phase: str
     layer: int
-    """The layer that the rank entered last in this action; -1 if it has entered no layer."""
+    """The layer that the rank entered last in this action, or -1."""
     action: str
-    """The pipeline action, for example `F2.0`: forward of micro-batch 0 through stage 2. Empty outside pipeline
-    actions.
-    """
+    """The pipeline action, such as `F2.0` (forward of micro-batch 0 through stage 2), or empty."""
     place: str
     """File and line of the code that called the operation."""
     began: float
     waited: float
-    """Unix time at which the rank started to wait for the operation; 0 if it did not wait."""
+    """Unix time at which the rank's wait for the operation began, or 0."""
     ended: float
-    """Unix time at which the rank learned that the operation was complete; 0 if it has not learned this yet."""
+    """Unix time at which the rank knew the operation to be complete, or 0."""
 
     @property
     def blocks(self) -> bool:
@@ -142,7 +134,7 @@ class RankTrace:
     started: float
     """Unix time at which the ring was created."""
     records: list[CommRecord] = field(default_factory=list)
-    """The newest records, in the order in which the rank wrote them."""
+    """The newest records, in the order of writing."""
     step: int = 0
     phase: str = "start"
     layer: int = NO_LAYER
@@ -162,7 +154,7 @@ class RankTrace:
 
 
 class CommRing:
-    """Writes a rank's ring file. The file gets its full size at construction; raises OSError if the disk is full."""
+    """Writes a rank's ring file in its full size. Raises OSError on a full disk."""
 
     def __init__(self, path: Path, rank: int, world: int, records: int = RECORDS):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,20 +193,20 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """Count one unit of work. If `written` is not 0, count `written` bytes of a checkpoint instead."""
+        """Count a unit of work or, if not 0, `written` bytes of a checkpoint."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return a group's number in the file's table, for `begin`. Adds the group if it is new."""
+        """Return the number of a group in the table, for `begin`."""
         return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
 
     def place(self, file: str, line: int) -> int:
-        """Return a place's number in the file's table, for `begin`. Adds the place if it is new."""
+        """Return the number of a place in the table, for `begin`."""
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Return the number of a table line, counted from 1; 0 if the table has no room for a new line."""
+        """Return the number of a table line, from 1; 0 if the table is full."""
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -228,7 +220,7 @@ class CommRing:
     def begin(
         self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
     ) -> int:
-        """Record that an operation begins. Returns the record's byte offset, for `wait` and `end`.
+        """Record that an operation begins. Returns the record's byte offset.
 
         group, place: numbers from `name_group` and `place`. kind: one of KINDS.
         """
@@ -243,11 +235,11 @@ class CommRing:
         return at
 
     def wait(self, at: int) -> None:
-        """Record that the rank starts to wait for an operation. at: offset of the operation's record."""
+        """Record that the rank waits for an operation. at: its record's offset."""
         _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
-        """Record that this rank knows an operation to be complete. at: offset of the operation's record."""
+        """Record that an operation is complete. at: its record's offset."""
         _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
@@ -260,7 +252,7 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """Encode ranks as [first, last + 1, step] if they form a range. Otherwise the result is -1, followed by the ranks."""
+    """Encode a range of ranks as [first, last + 1, step], other ranks as -1 and the ranks."""
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
@@ -269,10 +261,7 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Decode ranks that `_as_range` encoded. Earlier versions wrote 0 instead of -1.
-
-    Raises ValueError for too many ranks.
-    """
+    """Decode ranks of `_as_range`; earlier versions wrote 0 instead of -1. Raises ValueError for too many ranks."""
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
         raise ValueError("a group of more ranks than a run has")
@@ -280,10 +269,7 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
-    """Parse the bytes of a ring file. Raises ValueError if the bytes are not a ring.
-
-    last: maximum number of records to return; the newest are returned.
-    """
+    """Parse a ring file with at most `last` newest records. Raises ValueError for other bytes."""
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
     _, version, records, rank, world, pid, started, host = HEADER.unpack_from(raw)
@@ -352,14 +338,10 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 
 
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
-    """Read the rings of all ranks in this folder, by rank.
-
-    since: Unix time; rings that were created before it are skipped.
-    """
+    """Read the folder's rings by rank. Rings created before the Unix time `since` are skipped."""
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
-        # The error comes from the ring of a rank that has just started, or from a ring that another version wrote. Skip
-        # it.
+        # Skip the ring of a rank that has just started, or that another version wrote.
         with suppress(OSError, ValueError):
             trace = read_trace(read_plain(path, RING_BYTES))
             if trace.started >= since:
@@ -369,9 +351,7 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
 
 
 def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
-    """Return the process ids of the ranks that write these rings now, by rank. Only this user's processes on this host
-    count.
-    """
+    """Return the process ids, by rank, that write these rings now: this user's processes on this host."""
     return {
         rank: trace.pid
         for rank, trace in traces.items()
@@ -380,9 +360,8 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 
 
 def pack_ring(path: Path, world: int) -> bytes:
-    """Return the content of a ring file, compressed for transfer; empty if there is no ring.
-
-    Only the newest records are kept. The more ranks the run has (`world`), the fewer records are kept.
+    """Return a ring's newest records, compressed for transfer; empty without a ring. With more ranks (`world`), fewer
+    records are kept.
     """
     try:
         raw = read_plain(path, RING_BYTES)
@@ -400,18 +379,17 @@ def pack_ring(path: Path, world: int) -> bytes:
 
 # Counts progress between two steps in the rank's ring, so that no watcher mistakes a slow rank for a hung rank.
 #
-# Slow code calls `got_on` after each unit of work, such as a batch that it read, a micro-batch of a validation, or a
-# token of a generated sample. The code that writes a checkpoint calls `wrote`. Written bytes count as progress only
-# while a rank waits for a checkpoint, because most checkpoints are written while steps go on. Both functions do nothing
-# in a process without a ring.
+# Slow code calls `got_on` after each unit of work, such as a batch, a micro-batch of a validation, or a generated
+# token. The code that writes a checkpoint calls `wrote`. Written bytes count as progress only while a rank waits for a
+# checkpoint. Without a ring, both functions do nothing.
 
 _rings: list[CommRing] = []
-"""Rings that receive this process's progress counts. Only the last ring is used: the ring of this process's rank."""
+"""Rings for this process's progress counts. Only the last one is used."""
 
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Add the progress of the code inside the block to the counts in `ring`."""
+    """Add the progress inside the block to the counts in `ring`."""
     _rings.append(ring)
     try:
         yield

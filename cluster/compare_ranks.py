@@ -1,4 +1,4 @@
-"""Finds the rank that holds up a run from the rings (cluster/comm_ring.py) and stacks of all ranks.
+"""Finds the rank that holds up a run, from the rings (cluster/comm_ring.py) and the stacks of all ranks.
 
 A ring is a file with a rank's recent communication. The first rule that matches decides:
 
@@ -14,7 +14,7 @@ A ring is a file with a rank's recent communication. The first rule that matches
     6. stuck      All ranks are in the collective and none returns: a fault of a network or a device.
     7. unknown    No rule matches.
 
-If the wrong rank is unknown, no rank is named. The comparison is a pure function.
+If the wrong rank is unknown, no rank is named.
 """
 
 import linecache
@@ -38,9 +38,9 @@ from cluster.rank_differences import find_difference, first_change
 from conf.schema import ROOT
 
 LOADER_THREAD = re.compile(r"/train/data/")
-"""Matches the paths of source files that load data and create batches."""
+"""Matches paths of source files that load data."""
 WAITS_HERE = re.compile(r"\b(acquire|join|wait|get|result)\(|\bwith \S*lock|_lock\b", re.IGNORECASE)
-"""Matches a source line that waits for something in its own process."""
+"""Matches a source line that waits inside its own process."""
 OF_THREADS = re.compile(r"/(threading|queue|selectors|subprocess|multiprocessing/\w+|concurrent/\w+)\.py")
 PROGRESS_SECONDS = 2.0
 """Maximum age in seconds of an event that shows progress."""
@@ -51,8 +51,7 @@ def compare_ranks(
 ) -> Judgement:
     """Find the faulty rank by the rules at the top of the file.
 
-    stacks: faulthandler stacks by rank. stopped: ranks whose processes are stopped. gone: ranks that have ended; they
-    are never named.
+    stacks: faulthandler stacks by rank. stopped: ranks with stopped processes. gone: ended ranks, never named.
     """
     held, gone = sorted(set(stopped)), set(gone)
     waits = find_waits({rank: trace for rank, trace in traces.items() if rank not in gone and rank not in held})
@@ -125,7 +124,7 @@ def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
 
 
 def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: set[int]) -> list[int]:
-    """Return the ranks that wait for no rank, but for which other ranks wait."""
+    """Return the ranks that others wait for, and that wait for none."""
     waiting = {wait.rank for wait in waits}
     wanted = {rank for wait in waits for rank in wait.missing}
     return sorted(rank for rank in wanted if rank not in waiting and rank not in gone)
@@ -159,9 +158,8 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return the file and line that a rank's main thread is executing. Functions of thread libraries are skipped.
-
-    Without a stack, return the place of the rank's last record.
+    """Return the file and line that a rank's main thread executes, outside thread libraries. Without a stack, return
+    the place of its last record.
     """
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
@@ -172,9 +170,7 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
-    """Find the host that all connections with unacknowledged data have in common (cluster/stacks.py). None if all data
-    is acknowledged.
-    """
+    """Find the host that all connections with unacknowledged data have in common (cluster/stacks.py), or None."""
     said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
     pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}
     if not pairs:
@@ -193,7 +189,7 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 def _source(frames: Sequence[str]) -> str:
-    """Return the source line that the main thread is executing; empty if the source is not on this machine."""
+    """Return the source line that the main thread executes, if this machine has it."""
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), "")
     found = _FRAME.match(frame)
     return linecache.getline(found[1], int(found[2])).strip()[:120] if found and Path(found[1]).suffix == ".py" else ""
@@ -203,7 +199,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Among ranks that wait for each other, find the rank whose communication differs from its own last step."""
+    """Find, among ranks that wait for each other, the rank that differs from its last step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

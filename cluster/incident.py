@@ -1,8 +1,7 @@
 """Describes an incident of a run: the rank that broke or blocks it, the place in the code, waiting ranks, and advice.
 
-If ranks reported a failure, cluster/cause.py names the cause. The recorded communication may show a better cause: a
-rank that skips a collective makes another rank fail. Then the verdict of cluster/compare_ranks.py is used instead.
-logs/incident_N.json contains:
+cluster/cause.py names the cause from failure reports. cluster/compare_ranks.py may find a better cause, such as a rank
+that skipped a collective and so made another rank fail. logs/incident_N.json contains:
 
     time, kind, text     Unix time; kind of the cause; sentence about the cause
     fault                kind of fault; see judgement.Fault
@@ -41,12 +40,11 @@ from conf.words import one_line, say, steps_in_words
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates fault and consequence in an incident's text. Earlier versions of Sluice wrote "what failed of it"
-for "consequence"."""
+"""Separates fault and consequence in a text. Earlier versions wrote "what failed of it"."""
 SHOWN_RECORDS = 40
 """Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
-"""Maximum waiting ranks on the screen, and maximum characters of a sentence."""
+"""Maximum waiting ranks on the screen, and characters of a sentence."""
 ADVICE_OF_CAUSE = {
     Kind.killed: "check the log of this rank, dmesg and its device",
     Kind.crash: "see the lines above, from the first rank that failed",
@@ -62,7 +60,7 @@ def judge_hang(
     names: dict[int, str],
     seconds: float,
 ) -> tuple[Cause, Judgement]:
-    """Name the rank that blocks a run after `seconds` without news. names: node of each rank; may be empty."""
+    """Name the rank that blocks a run after `seconds` without news. names: node of each rank, if known."""
     by_stacks = name_hang(list(reports), stacks, names, seconds)
     if not traces and len(reports) == 1 and reports[0].rank in stacks:
         return _judge_alone(reports[0], stacks[reports[0].rank], seconds)
@@ -93,7 +91,7 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
 ) -> tuple[Cause, Judgement]:
-    """Return the cause that ranks reported, or a better cause from the recorded communication."""
+    """Return the reported cause, or a better cause from recorded communication."""
     finding = None
     if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; the rings show what each rank did
         finding = compare_ranks(traces, stacks)
@@ -107,7 +105,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the rank's end proves that the rank is no victim of another rank's failure."""
+    """Whether the rank's end proves that it is no victim."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -124,7 +122,7 @@ def describe_incident(
     seconds: float = 0.0,
     live: bool = False,
 ) -> dict[str, Any]:
-    """Return the incident in its file format (module docstring). live: whether the ranks still run."""
+    """Return the incident in its file format. live: whether the ranks still run."""
     now = time.time()
     waits = [
         {
@@ -177,7 +175,7 @@ def _plain(record: CommRecord) -> dict[str, Any]:
 
 
 def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
-    """Write the incident to the folder's next incident_N.json. Raises OSError if the disk refuses it."""
+    """Write the incident to the next incident_N.json. Raises OSError."""
     number = 1 + max(
         (int(found[1]) for path in incident_files(logs) if (found := INCIDENT.fullmatch(path.name))), default=0
     )
@@ -188,10 +186,7 @@ def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
 
 
 def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], reported: bool = False) -> str:
-    """Write an incident and return its screen. If the disk refuses the file, call `note` with the reason.
-
-    reported: see `incident_screen`.
-    """
+    """Write an incident and return its screen (see `incident_screen`). On a disk error, call `note` with the reason."""
     path = None
     try:
         path = write_incident(logs, incident)
@@ -209,7 +204,7 @@ def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def incident_files(logs: Path) -> list[Path]:
-    """Return all files named incident_*.json, the newest last. Their content is not checked."""
+    """Return all files incident_*.json, the newest last, without checks."""
     found = list[tuple[float, Path]]()
     for path in logs.glob("incident_*.json"):
         with suppress(OSError):  # the file is gone
@@ -218,7 +213,7 @@ def incident_files(logs: Path) -> list[Path]:
 
 
 def read_incident(path: Path) -> dict[str, Any]:
-    """Read an incident. The file may be untrusted. Raises OSError, and ValueError if the file is not an incident file."""
+    """Read an untrusted incident file. Raises OSError, and ValueError for wrong content."""
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
         name in found and fits(found[name]) for name, fits in INCIDENT_FIELDS.items()
@@ -250,14 +245,11 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "time": _is_time, "kind": _is_text, "text": _is_text, "fault": _is_text, "ranks": _are_ranks, "among": _are_ranks, "where": _is_text,
     "advice": _is_text, "waits": lambda found: isinstance(found, list) and all(map(_is_wait, found)),
 }  # fmt: skip
-"""Required fields of an incident, with a function that checks each value."""
+"""Required fields of an incident, with a check of each value."""
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, reported: bool = False) -> str:
-    """Return text about the incident for one screen.
-
-    reported: whether the failure text is already printed above. If so, text that a rank reported is omitted.
-    """
+    """Return text about the incident for one screen. reported: whether to omit text that a rank has already printed."""
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
     head = [one_line(part.strip().partition("\n")[0])[:LINE] for part in _CONSEQUENCE.split(incident["text"])]
@@ -290,20 +282,20 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
     return traces
 
 
-# A run that is late but has not been ended. Its incident is shown as a warning. If the run makes progress again,
-# `pass_incident` records this in the incident's file.
+# Incidents of a late run are shown as warnings. If the run makes progress again, `pass_incident` records this in the
+# incident's file.
 
 PASSED = "passed"
-"""Kind of an incident after which the run made progress again. Before that, the kind is hang."""
+"""Kind of an incident after which the run made progress again. Until then, the kind is hang."""
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """Return the warning that names the ranks that block a run. text: description of these ranks."""
+    """Return the warning about the ranks that block a run. text: about these ranks."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """Record in the newest incident that the run continued after `seconds` of silence. Raises OSError if that fails."""
+    """Record in the newest incident that the run continued. Raises OSError."""
     if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
         path, incident = found
         text = f"{str(incident['text']).splitlines()[0]}; the run went on after {seconds:.0f} s"
@@ -311,7 +303,7 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 
 def tell_went_on(logs: Path, seconds: float) -> None:
-    """Print that a late run continues, and record it in the newest incident."""
+    """Print and record that a late run continues."""
     say(f"the run makes progress again after {seconds:.0f} s", file=sys.stderr)
     with suppress(OSError):  # the disk is full; the message above is enough
         pass_incident(logs, seconds)

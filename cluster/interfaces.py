@@ -1,4 +1,4 @@
-"""The network interfaces of this machine through which gloo and NCCL reach other machines."""
+"""The network interfaces of this machine for gloo and NCCL."""
 
 import contextlib
 import errno
@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that name the interface. Sluice never changes the user's value."""
+"""Environment variables that name the interface; the user's value is kept."""
 ANYWHERE = "192.0.2.1"
-"""A documentation address (RFC 5737), to which nothing is sent. Its route is the default route."""
+"""A documentation address (RFC 5737) with the default route; nothing is sent there."""
 
 
 def interface_of(address: str) -> str:
-    """Return the name of the network interface with this IP address. Raises OSError if there is none."""
+    """Return the network interface with this IP address. Raises OSError."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return name
@@ -24,20 +24,20 @@ def interface_of(address: str) -> str:
 
 
 def interface_to(host: str) -> str:
-    """Return the interface of this machine's route to a host. If the host is this machine, the interface of the default
-    route is returned. Raises OSError for a host without address or route.
+    """Return the interface of the route to a host; for this machine, of the default route. Raises OSError without
+    address or route.
     """
     return interface_of(address_to(host))
 
 
 def address_to(host: str) -> str:
-    """Return this machine's IP address on the route to a host. Raises OSError for a host without address or route."""
+    """Return this machine's IP address on the route to a host. Raises OSError."""
     address = _source_address(host)
     return _source_address(ANYWHERE) if address.startswith("127.") else address
 
 
 def name_interface(host: str) -> None:
-    """Make gloo and NCCL in this process use the interface of the route to this host, unless the user named one."""
+    """Make gloo and NCCL use the interface to this host, unless the user named one."""
     if missing := [name for name in NAMES if name not in os.environ]:
         os.environ |= dict.fromkeys(missing, interface_to(host))
 
@@ -50,7 +50,7 @@ def _source_address(host: str) -> str:
         return probe.getsockname()[0]
 
 
-# Finds free ports. The port is not opened here; another process opens it later.
+# Finds free ports. Another process opens them later.
 
 LOWEST = 20000
 """Ray's own processes use ports below this number."""
@@ -58,10 +58,9 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(address: str = "") -> int:
-    """Return a port that is free now on this address, or without an address, on all addresses of this machine.
+    """Return a port that is free now on this address, by default on all addresses. Raises OSError.
 
-    The port is outside the range of ports that the system assigns. A rank opens the port only after its imports. Until
-    then, a busy machine may use hundreds of ports of that range. Raises OSError if no port is free.
+    The port is outside the range that the system assigns, because the system could assign it before a rank opens it.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

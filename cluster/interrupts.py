@@ -1,10 +1,9 @@
 """Makes Ctrl-C end a command at any moment with one line and an exit code, and without a traceback.
 
-While the command imports its modules, Ctrl-C ends it at once. Later, the first Ctrl-C raises KeyboardInterrupt, so that
+During the command's imports, Ctrl-C ends it at once. Later, the first Ctrl-C raises KeyboardInterrupt, so that
 resources are closed. The second Ctrl-C ends the process and damages no file.
 
-Python would lose a KeyboardInterrupt during an import or a destructor. In this case it is raised again shortly
-afterwards.
+Python would lose a KeyboardInterrupt during an import or a destructor, so it is raised again shortly afterwards.
 """
 
 import atexit
@@ -20,13 +19,13 @@ from typing import Any
 from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
-"""Seconds after which a KeyboardInterrupt is raised again if it came during an import or a destructor."""
+"""Seconds until a KeyboardInterrupt that Python would lose is raised again."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
 
 
 def end_at_once(text: str) -> None:
-    """Print the text and end the process without exit handlers of libraries."""
+    """Print the text and end the process without exit handlers."""
     if sys.stderr.isatty():  # a progress bar hides the cursor
         text = f"{SHOW_CURSOR}\n{text}"
     os.write(2, f"{text}\n".encode())  # os.write, because the interrupted code may be a print
@@ -34,9 +33,7 @@ def end_at_once(text: str) -> None:
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise StopInterrupt. This function is a signal handler. An import would lose the exception; in this case, a timer
-    calls the handler again.
-    """
+    """Signal handler that raises StopInterrupt. An import would lose the exception, so a timer calls the handler again."""
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
@@ -67,24 +64,22 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block raise KeyboardInterrupt and never end the process. In a chat, Ctrl-C ends only the
-    reply.
-    """
+    """Make every Ctrl-C in the block raise KeyboardInterrupt, and never end the process."""
     return handled(interrupt, signal.SIGINT)
 
 
 class Interrupts:
-    """Handles Ctrl-C for the command, until a training installs its own handler (train/loop/stop.py)."""
+    """Handles Ctrl-C until a training installs its own handler (train/loop/stop.py)."""
 
     def __init__(self) -> None:
-        """Handle Ctrl-C from now on. Create the object before the command's imports."""
+        """Handle Ctrl-C from now on. Create it before the command's imports."""
         self.code = EXIT_INTERRUPTED
-        """Exit code for a process that Ctrl-C ends. After the command has returned, this is the command's exit code."""
+        """Exit code after Ctrl-C; after the command has returned, the command's exit code."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 
     def __enter__(self) -> None:
-        """Record that the imports are complete. From now on, the command may have resources to close."""
+        """Record that the imports are complete, so that resources may be open."""
         self._begun = True
         sys.unraisablehook = self._dropped
 
@@ -109,7 +104,7 @@ class Interrupts:
         interrupt(number, frame)
 
     def _dropped(self, found: Any) -> None:
-        """Handle an error that was raised where no code can catch it."""
+        """Handle an error that no code can catch."""
         if isinstance(found.exc_value, KeyboardInterrupt):
             if self._ended:
                 return
@@ -121,9 +116,8 @@ class Interrupts:
 
 # Exits at once and skips slow library shutdown.
 #
-# When the interpreter ends, Ray waits for more than a minute for a head process that is gone. Then Ray ends the process
-# with its own exit code. After all exit handlers, Python destroys the modules of torch and other libraries one object
-# after another. This takes 0.9 s of a core and has no use, because the process ends anyway.
+# When the interpreter ends, Ray waits for more than a minute for a head process that is gone, and then sets its own
+# exit code. After all exit handlers, Python takes 0.9 s of a core to destroy the modules of torch and other libraries.
 
 _short = threading.Event()
 _codes: list[int] = []
@@ -136,10 +130,8 @@ def cut_short() -> None:
 
 
 def leave(code: int) -> int:
-    """Return the exit code of a command. Call this function last.
-
-    The process ends with this code after threads and libraries have finished. After a call of `cut_short`, it ends at
-    once.
+    """Return the exit code of a command; call it last. The process ends after threads and libraries have finished, or
+    at once after `cut_short`.
     """
     _codes.append(code)
     if _short.is_set():
@@ -149,7 +141,7 @@ def leave(code: int) -> int:
 
 @atexit.register
 def _end() -> None:
-    """End the process. This exit handler was registered before the handlers of libraries, so it runs after them."""
+    """End the process, after the exit handlers of libraries have run."""
     if _codes:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,7 +1,6 @@
 """The verdict on a failed or hung run: kind of fault, guilty rank, waits between ranks, and texts for the user.
 
-cluster/compare_ranks.py derives the verdict from recorded communication, cluster/cause.py from the reports of the
-ranks.
+cluster/compare_ranks.py uses recorded communication, cluster/cause.py the ranks' reports.
 """
 
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from cluster.comm_ring import CommRecord
 
 
 class Fault(Enum):
-    """Kinds of fault. The value follows the words "rank N" in texts for the user."""
+    """Kinds of fault; the values follow "rank N" in texts."""
 
     stopped = "is stopped"
     failed = "failed, according to its own report or its process"
@@ -52,12 +51,12 @@ FAULT_ADVICE = {
 
 
 class RankWait(NamedTuple):
-    """A waiting rank, the operation that it waits for, and the ranks that it waits for."""
+    """A waiting rank, its operation, and the ranks that it waits for."""
 
     rank: int
     record: CommRecord
     missing: tuple[int, ...]
-    """Ranks that have not entered the operation; empty if all ranks have."""
+    """Ranks that have not entered the operation, if any."""
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Judgement:
     """File and line of the fault."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """If it is unknown which rank caused the fault: the ranks that may have caused it."""
+    """Ranks that may have caused the fault, if `ranks` is empty."""
 
     @property
     def advice(self) -> str:
@@ -88,16 +87,15 @@ def name_record(record: CommRecord) -> str:
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """Return the channel of a record. The records of a channel are numbered one after another.
-
-    The channel of a collective is its group. The channel of a send or receive is its group, its kind and its peer.
+    """Return the channel whose records are numbered together: the group of a collective; group, kind and peer of a
+    message.
     """
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group
 
 
 def record_in_words(record: CommRecord) -> str:
-    """Describe a record: kind, number and type of elements, peer, and place in the program."""
+    """Describe a record: kind, elements, peer, and place in the program."""
     sizes = sorted({record.sent, record.received} - {0}) or [0]
     what = f"{record.kind} of {' and '.join(map(str, sizes))} {record.dtype}" if record.dtype else record.kind
     if record.peer >= 0:
@@ -115,7 +113,7 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """Return rank numbers as text. For more than 8 ranks, only the first two and the last appear."""
+    """Return ranks as text: of more than 8, the first two and the last."""
     ranks = sorted(ranks)
     if len(ranks) > 8:
         return f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}]"

@@ -23,8 +23,7 @@ def given_run() -> tuple[Config, Place]:
     """Return the configuration and the place of a rank that a driver started. The first argument names the
     configuration file.
 
-    Call this function first: it changes to the user's folder, to which relative paths of a recipe refer. On a node
-    without this folder, only absolute paths work.
+    Call it first: it changes to the user's folder, if this node has it, so that relative paths work.
     """
     place = given_place()
     assert place is not None, "the driver starts the ranks, with RANK and WORLD_SIZE"
@@ -45,19 +44,19 @@ def launch(
 ) -> int:
     """Run all ranks, or only this rank if another program started it. Returns the exit code of the run.
 
-    command: command that starts one rank as a child process
+    command: command of one rank as a child process
     run_rank: function that runs one rank in this process
-    alone: whether this is the only run of this process. If not, `run_rank` is not used, because torch's process
+    alone: whether this is the only run of this process. If not, ranks are child processes, because torch's process
         groups and DeepSpeed leave state behind
     planner: command that plans smaller layouts; see cluster/driver/driver.py
-    watched: whether ranks report progress at every step, so that a hung rank is found
+    watched: whether ranks report progress at every step, to find a hung rank
     """
     parallel, place = config.parallel, given_place()
     if place is not None:
         check_world(parallel.pp, parallel.dp, parallel.cp, place.world, f"WORLD_SIZE = {place.world}")
         return run_rank(config, place)
     if config.cluster.backend == "ray":
-        # The import of Ray takes half a second, which other runs need not spend.
+        # The import of Ray takes half a second.
         from cluster.driver.ray_backend import run_ray
 
         return run_ray(config, folder, command, planner)

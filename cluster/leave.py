@@ -1,8 +1,8 @@
 """Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
 Run it on the node before maintenance, as a pod's preStop hook, or when a cloud provider takes the machine back. The run
-then writes a checkpoint at once and continues without the node. The command returns when no raylet (Ray's process on a
-node) is left on the node, or after SECONDS.
+writes a checkpoint at once and continues without the node. The command returns when the node has no raylet (Ray's
+process on a node), or after SECONDS.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from conf.words import say
 
 
 def raylets() -> list[tuple[psutil.Process, str, str]]:
-    """Return the raylets at addresses of this host, each with its node id and the address of its head. A raylet in
-    another network namespace (a container) does not count.
+    """Return this host's raylets, each with node id and address of its head, except raylets in other network namespaces
+    (containers).
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
@@ -36,7 +36,7 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether `process` is in this process's network namespace. True if the namespace of `process` cannot be read."""
+    """Whether `process` is in this process's network namespace; true if unknown."""
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")
     except FileNotFoundError:  # the process has ended, or this is not Linux

@@ -1,7 +1,7 @@
 """Runs the ranks of a run as child processes of one driver on this machine.
 
-When a rank fails, its peers fail too and often end first. So the driver names the cause by the rules of
-cluster/cause.py. The ranks find each other through a file in a private folder, and communicate over loopback.
+The peers of a failed rank fail too and often end first, so cluster/cause.py names the cause. The ranks find each other
+through a file in a private folder, and communicate over loopback.
 """
 
 import os
@@ -34,7 +34,7 @@ from conf.files import open_plain
 from conf.words import say
 
 SETTLE = 3.0
-"""Seconds to wait for the reports of other ranks after the first failure."""
+"""Seconds to wait for other ranks' reports after the first failure."""
 STACKS_SECONDS = 5.0
 """Seconds to wait for the stacks of hung ranks."""
 DIFFERENCE_SECONDS = 15.0
@@ -43,10 +43,9 @@ RANKS_LOOK_SECONDS = 0.05
 """Seconds after which the driver checks the ranks again."""
 Child = subprocess.Popen | ForkedProcess
 StartRank = Callable[[dict[str, str], IO | None], Child]
-"""A function that starts a rank with this environment and output file. Without a file, the output goes to the terminal.
-"""
+"""Starts a rank with these environment variables and this output file, or the terminal."""
 CLOSE = 60.0
-"""Time limit in seconds for running ranks to end by themselves after a failure. Rank 0 may have much data for W&B."""
+"""Maximum seconds for ranks to end by themselves after a failure."""
 
 
 def run_local(command: list[str], world: int, logs: Path, patience: Patience | None = None) -> int:
@@ -57,9 +56,8 @@ def run_local(command: list[str], world: int, logs: Path, patience: Patience | N
 def run_children(start: StartRank, world: int, logs: Path, patience: Patience | None = None) -> int:
     """Start `world` ranks and wait until all have ended. Returns the exit code of the run.
 
-    The driver ends all ranks when one fails, or when they report no progress for longer than `patience` allows. On
-    SIGTERM or Ctrl-C, the driver sends SIGTERM to the ranks. A second Ctrl-C raises KeyboardInterrupt, which ends the
-    ranks at once.
+    The driver ends all ranks when one fails, or when they report no progress for longer than `patience` allows. It
+    passes SIGTERM or Ctrl-C to the ranks as SIGTERM. A second Ctrl-C ends them at once.
     """
     logs.mkdir(parents=True, exist_ok=True)
     _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)
@@ -131,7 +129,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             return max(codes)
         if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
             _wait(ranks, SETTLE)
-            # Such a rank waits for a rank that has ended. It waits inside a library, where it handles no signal.
+            # A rank that waits inside a library for an ended rank handles no signal.
             if any(rank.poll() is None for rank in ranks):
                 return _stopped_early()
             continue
@@ -182,7 +180,7 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 
 
 def _tell_difference(logs: Path) -> bool:
-    """Print an incident and return True if the ranks' communication differs, which makes their results wrong."""
+    """Print an incident and return True if the ranks' communication differs."""
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
         return False
@@ -201,8 +199,8 @@ def _keep(
     stacks: dict[int, str],
     seconds: float = 0.0,
 ) -> Cause:
-    """Write the incident to disk. Return the cause with the incident's screen in its log. For bad input, or without
-    recorded communication, only return the cause.
+    """Write the incident to disk, and return `cause` with the incident's screen appended to `Cause.log`. For wrong
+    input, or without recorded communication, return `cause`.
     """
     if not traces or cause.kind is Kind.user:
         return cause
@@ -224,14 +222,14 @@ def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
 
 
 def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
-    """Wait until the other ranks have had time to report and to end. Then name the cause. Returns the exit code."""
+    """Name the cause when the other ranks have had time to report. Returns the exit code."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
     assert cause is not None, "a rank has failed"
     if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
-        # Ranks treat the signal as a request to stop only after their imports and before their end. At other times the
-        # signal ends them. Then neither these ranks nor their peers have failed.
+        # During its imports and at its end, a rank does not handle the signal and dies. Then neither this rank nor its
+        # peers have failed.
         say(
             f"stopped: ranks {list(cause.ranks)} were outside the training loop and were ended at once", file=sys.stderr
         )
@@ -247,7 +245,7 @@ def _stopped_early() -> int:
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
-    """Print the cause, and give the ranks time to end by themselves. Returns the exit code."""
+    """Print the cause, and let the ranks end by themselves. Returns the exit code."""
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
@@ -263,7 +261,7 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
 
 
 def _wait(ranks: list[Child], seconds: float) -> None:
-    """Wait at most `seconds` until all ranks have ended. Time for which this process is held up does not count."""
+    """Wait at most `seconds` until all ranks have ended, without this process's delays."""
     now = time.monotonic()
     ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
     while now < ends and any(rank.poll() is None for rank in ranks):

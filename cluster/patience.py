@@ -1,11 +1,10 @@
 """Time limits of a silent run: after one limit the run is late, after another it is ended.
 
-A run is late if its silence is longer than its earlier silences plus a margin; the driver then prints a warning. A run
-is ended if no rank has completed a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
+A run is late if its silence is longer than its earlier silences plus a margin. A run is ended if no rank has completed
+a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
-Observations of a kind of phase count only after a first phase of that kind is complete. Until then,
-`cluster.hang_after` limits the silence during steps, and `cluster.start_timeout` limits it in other phases and before
-an attempt's first complete step.
+Until a first phase of a kind is complete, other limits apply: `cluster.hang_after` during steps, and
+`cluster.start_timeout` in other phases and before an attempt's first complete step.
 """
 
 from collections import defaultdict, deque
@@ -14,23 +13,19 @@ from conf.schema import Cluster
 
 START_PHASE, STEP_PHASE = "start", "step"
 STEP_PHASES = (STEP_PHASE, "on_step")
-"""Phases that belong to a step: the step itself and the callbacks' hook after it."""
+"""Phases of a step: the step itself and the callbacks' hook."""
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
-"""Phases in which a disk, a network or user code may work without progress reports: saves, uploads, callbacks."""
+"""Phases in which a disk, a network or user code may be slow."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""Minimum seconds of silence before a run is late: during steps, and in other phases, where a disk may be slow."""
+"""Minimum seconds of silence before a run is late, during steps and in other phases."""
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""A run is late after the longest observed time multiplied by a factor. The factor is the first number plus the second
-number divided by the count of observations.
-"""
+"""A run is late after (HANG_ROOM + FIRST_HANG_ROOM / observations) x the longest observation."""
 REMEMBERED = 500
-"""Number of newest observations kept for each kind of phase. Older observations no longer show how long a phase may
-take.
-"""
+"""Number of newest observations kept for each kind of phase."""
 QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
-"""A run prints that it is quiet after the longer of two times: this many median step times, or this many seconds."""
+"""A run reports its silence after QUIET_STEPS median step times, but not before QUIET_SECONDS seconds."""
 
 
 def patience_of(cluster: Cluster) -> "Patience":
@@ -41,10 +36,10 @@ def patience_of(cluster: Cluster) -> "Patience":
 class Patience:
     """Observed times of a run in seconds, and the limits derived from them.
 
-    hang_after: upper bound of the limit during steps
-    start_timeout: upper bound of the limit in other phases
+    hang_after: upper bound of the limits during steps
+    start_timeout: upper bound of the limits in other phases
     kill_after: minimum time without progress before the run is ended; None for the defaults
-    timeout: minimum time without progress before the run is ended in a save, an upload or a callback
+    timeout: lower bound of kill_after in a save, an upload or a callback
     """
 
     def __init__(
@@ -60,15 +55,15 @@ class Patience:
         """Whether ranks compute on GPUs."""
 
     def take(self, doing: str, seconds: float) -> None:
-        """Record an observation: the duration of a step, or of a silence in another phase until the next progress."""
+        """Record the duration of a step, or of another phase's silence."""
         self._seconds[doing].append(seconds)
 
     def finish(self, doing: str) -> None:
-        """Record that a phase of this kind is complete. From now on, its observations count."""
+        """Record that a phase is complete, so that its observations count."""
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:
-        """Set the number of sequences in each later step. If this number grows, the known step times are scaled up."""
+        """Set the number of sequences in each later step. Growth scales the known step times."""
         if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)

@@ -1,4 +1,4 @@
-"""This process's rank and the number of ranks, from the environment that the driver or torchrun set."""
+"""This process's rank and the number of ranks, from the environment."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """Position of this process among the ranks of its run. By default, it is the only rank."""
+    """Position of this process in its run; by default the only rank."""
 
     rank: int = 0
     world: int = 1
@@ -16,7 +16,7 @@ class Place:
 
 
 def given_place() -> Place | None:
-    """Return the position that the driver or torchrun assigned; None if it assigned none."""
+    """Return the position that the driver or torchrun assigned, or None."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -25,13 +25,13 @@ def given_place() -> Place | None:
 
 
 def given_attempt() -> int | None:
-    """Return the attempt number that a supervisor passed to this rank, or None."""
+    """Return the attempt number from this rank's supervisor, or None."""
     return int(os.environ["SLUICE_ATTEMPT"]) if "SLUICE_ATTEMPT" in os.environ else None
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks that a driver started find each other: a file, or an address of rank 0 with a secret."""
+    """Where a driver's ranks meet: a file, or an address of rank 0 with a secret."""
 
     file: str | None = None
     address: str = ""
@@ -40,7 +40,7 @@ class Meeting:
 
 
 def given_meeting() -> Meeting | None:
-    """Return where the ranks of this run find each other; None for ranks of torchrun, which has its own store.
+    """Return where the ranks of this run meet; None under torchrun, which has its own store.
 
     Call only once: it removes the secret from the environment.
     """
@@ -52,6 +52,6 @@ def given_meeting() -> Meeting | None:
 
 
 def is_driver() -> bool:
-    """Whether this process owns the run folder: it is the driver, or rank 0 if another program started the ranks."""
+    """Whether this process owns the run folder: the driver, or rank 0 without a driver."""
     place = given_place()
     return place is None or place.rank == 0

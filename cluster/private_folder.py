@@ -1,7 +1,7 @@
-"""A folder of one process that no other user can read. It is removed later even if the process is killed.
+"""A folder of one process that no other user can read. It is removed even if the process is killed.
 
 The process holds a lock on the folder until it ends. The next process that creates such a folder removes all folders
-without a lock. Process ids could not replace the lock, because containers may share a folder for temporary files.
+without a lock.
 """
 
 import contextlib
@@ -14,16 +14,14 @@ from pathlib import Path
 from conf.files import try_lock
 
 FRESH = 60.0
-"""Minimum age in seconds at which an unlocked folder is removed. A new folder may still be without a lock."""
+"""Minimum age in seconds at which an unlocked folder is removed. A newer folder may still get its lock."""
 
 
 class PrivateFolder:
-    """A folder of mode 0700, created at construction. Use in `with`, or call `remove`."""
+    """A folder of mode 0700. Use in `with`, or call `remove`."""
 
     def __init__(self, kind: str, parent: Path | None = None):
-        """Create and lock the folder. kind: prefix of its name. parent: folder that contains it; None for the system's
-        folder of temporary files.
-        """
+        """Create and lock the folder. kind: prefix of its name. parent: None for the folder of temporary files."""
         parent = parent or Path(tempfile.gettempdir())
         remove_dead(kind, parent)
         self.path = Path(tempfile.mkdtemp(prefix=kind, dir=parent))
@@ -42,7 +40,7 @@ class PrivateFolder:
 
 
 def remove_dead(kind: str, parent: Path | None = None) -> None:
-    """Remove this user's folders of this kind whose processes have ended. Links are not removed."""
+    """Remove this user's folders of this kind without a live process."""
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):
         with contextlib.suppress(OSError):  # another process removes it, or it is not a folder
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

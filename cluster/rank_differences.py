@@ -1,4 +1,4 @@
-"""Finds the first collective or message in which ranks differ, and the wrong rank (compare_ranks.py)."""
+"""Finds the first collective or message in which ranks differ, and the wrong rank."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from cluster.judgement import (
 
 Signature = tuple[Any, ...]
 EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
-"""Kinds of operations whose number of elements is equal on all ranks of a group, or on both ends, in every step."""
+"""Kinds of operations with equal numbers of elements on all ranks of a group, or on both ends."""
 
 
 def _common(record: CommRecord) -> Signature:
-    """Return the properties of a collective that must be equal on all ranks of the group."""
+    """Return the properties of a collective that are equal on all ranks."""
     if record.kind in EVEN:
         return record.kind, record.dtype, record.sent, record.received
     return (record.kind, record.dtype) if record.kind == "all_to_all" else (record.kind,)
@@ -33,9 +33,7 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Find the first collective that ranks called differently, or the first message on which sender and receiver
-    disagree. Returns None if there is none.
-    """
+    """Find the first collective or message in which ranks differ, or None."""
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:
@@ -59,7 +57,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether the total numbers of sent and of received elements of an all-to-all differ."""
+    """Whether the totals of sent and received elements of an all-to-all differ."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False
@@ -72,7 +70,7 @@ def _blame(
     members: Mapping[int, CommRecord],
     key: Callable[[CommRecord], Signature],
 ) -> Judgement:
-    """Name the wrong rank among ranks that called different operations as the same collective."""
+    """Name the wrong rank among ranks that called a collective differently."""
     changed = {rank: deviation for rank, record in members.items() if (deviation := _deviation(traces[rank], record))}
     votes = Counter(key(record) for record in members.values())
     (most, count), *_ = votes.most_common(1)
@@ -102,8 +100,8 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """Return the ranks whose call of a collective differs from the calls in other groups with the same label and size.
-    Returns no ranks if these other groups differ among themselves.
+    """Return the ranks whose collective differs from other groups with equal label and size. Return none if these
+    groups differ among themselves.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -127,7 +125,7 @@ def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
 
 
 def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
-    """Return the rank's records in the channel of `record` (see `channel_of`), by step."""
+    """Return the rank's records in the channel of `record`, by step."""
     done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
     for one in trace.records:
         if channel_of(one) == channel:
@@ -136,13 +134,13 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's communication in the step of `record`, up to `record`, differs from its earlier steps.
+    """Find how a rank's step differs, up to `record`, from the step one period earlier.
 
-    Communication may repeat with a period of several steps, such as 10 if metrics are gathered every 10 steps. So the
-    step is compared with the step one period earlier. Returns None in these cases:
+    Communication may repeat with a period of several steps, such as 10 if metrics are gathered every 10 steps. Returns
+    None in these cases:
 
         - the two steps agree
-        - the step equals an earlier step, but none since the current period began to repeat
+        - the step equals a step from before the current period began, but no later step
         - no earlier step is known
     """
     # The ring may have lost the beginning of the first step.
@@ -160,9 +158,10 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period, in steps, of a rank's communication, and how many of the last steps repeat with this period.
+    """Return the period of a rank's communication in steps, and how many of the last steps repeat with it; 1, 0 without
+    a period.
 
-    At least two periods must repeat. The period that repeats over most steps is chosen. Without a period, returns 1, 0.
+    At least two periods must repeat. The period that repeats over most steps is chosen.
     """
     numbers = dict[tuple, int]()
     kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first
@@ -180,7 +179,7 @@ def _against_other(
 ) -> tuple[Fault, CommRecord] | None:
     """Find how a rank's step differs from another rank's step (the reference).
 
-    If an earlier step of the first rank began like the reference, this earlier step is the reference instead.
+    If an earlier step of the first rank began like the reference, this step is the reference instead.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -196,10 +195,9 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """Compare two steps of a rank. Returns the first operation that differs in the later step, and how it differs.
+    """Return the first operation that differs between two steps of a rank, and how it differs.
 
-    before, now: records of the earlier and of the later step. until: sequence number of the last record of `now` that
-    counts; None if all count.
+    before, now: records of the two steps. until: sequence number of the last compared record of `now`, or None.
     """
     if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of the earlier step
         return None
@@ -208,9 +206,7 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Count the equal pairs of records, starting at now[i] and before[j], until the first difference. A pair from
-        the same place in the program counts twice.
-        """
+        """Count the equal pairs from now[i] and before[j] on. A pair from one place in the program counts twice."""
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
             if not alike(one, other):
@@ -241,9 +237,7 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return messages whose sender and receiver differ in number or type of elements. Each result has the later of the
-    two start times, and both records with their ranks.
-    """
+    """Return messages whose sender and receiver differ in number or type of elements, with the later start time."""
     sends = {
         (record.group.name, rank, record.peer, record.seq): record
         for rank, trace in traces.items()
@@ -262,7 +256,7 @@ def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[in
 def _blame_message(
     traces: Mapping[int, RankTrace], sender: int, sent: CommRecord, receiver: int, received: CommRecord
 ) -> Judgement:
-    """Name the rank that made the mistake in a message: its sender or its receiver."""
+    """Name the wrong rank of a message: its sender or its receiver."""
     changed = {
         rank: found
         for rank, record in ((sender, sent), (receiver, received))

@@ -1,6 +1,6 @@
 """Follows the ranks of an attempt by their reports, and decides whether they make progress.
 
-Reports update all values that the driver reads at every tick, so that a tick costs little.
+Only reports update its values, so that a tick of the driver costs little.
 """
 
 from collections import Counter
@@ -16,14 +16,14 @@ NAMED_RANKS = 8
 class RankWatch:
     """Watches ranks from their start.
 
-    names: node of each rank; empty if all are on one machine. saved: step of the newest checkpoint at the start.
+    names: node of each rank; empty for one machine. saved: step of the newest checkpoint.
     """
 
     def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = 0):
         self.reports = {rank: RankReport(rank) for rank in ranks}
         self.names, self.saved = names, max(saved, 0)
         self.moved = now
-        """Time of the last news: a rank reached another step or phase."""
+        """Time of the last news: another step or phase of a rank."""
         self.alive = now
         """Time at which a rank last completed a unit of work."""
         self.step = -1
@@ -32,17 +32,13 @@ class RankWatch:
         """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which the first rank reached the current step, or at which the ranks returned to this step from
-        another phase.
-        """
+        """Time at which ranks first reached the current step, or returned to it from another phase."""
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence for which a warning was printed: value of `_silences` at the warning, and start time of the
-        silence. None if no warning was printed.
-        """
+        """Value of `_silences` and start of the silence at the last warning, or None."""
         self._ended = self._bad = 0
-        """Number of ranks that have ended, and number of ranks that have failed."""
+        """Numbers of ranks that have ended, and that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
         """Number of running ranks, by phase."""
         self._elsewhere = set[str]()
@@ -65,14 +61,14 @@ class RankWatch:
             step           if all ranks are in steps
             other phase    otherwise: the phase of at least one rank
 
-        Phases of ranks that this watch does not follow count too, if known.
+        Known phases of ranks that this watch does not follow count too.
         """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})
         return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Process reports of some ranks. A rank's wait for a core on a busy machine does not count as silence."""
+        """Process reports of ranks. Waits for a CPU core are no silence."""
         starved = max(
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
@@ -105,8 +101,7 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks that this watch does not follow. Call this while the ranks of this watch are
-        silent.
+        """Record the phases of ranks that this watch does not follow, while its own ranks are silent.
 
         moved: whether the other ranks made progress since the previous call.
         """
@@ -115,9 +110,7 @@ class RankWatch:
             self.alive = now
 
     def _learn(self, now: float, did: str, step: int) -> None:
-        """Record how long the last step took, and which phases are complete. did, step: phase and step before the new
-        reports.
-        """
+        """Record how long the last step took, and which phases are complete. did, step: previous phase and step."""
         left, comes = did in STEP_PHASES, self.doing in STEP_PHASES
         if left and (self.step > step or not comes):
             self._patience.take(STEP_PHASE, now - self._step_began)
@@ -127,49 +120,43 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """Extend the limits by `slept` seconds, in which this process or a rank was held up."""
+        """Extend the limits by `slept` seconds of a delay."""
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
     def silent_since(self) -> float:
-        """Return the time of the last news. In steps, another step or phase is news. In other phases, every completed
-        unit of work is news.
-        """
+        """Return the time of the last news: in steps, another step or phase; otherwise, a completed unit of work."""
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
-        """Whether the silence is longer than usual in this phase. False if a warning was already given."""
+        """Whether the silence is unusually long and has no warning yet."""
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Record that a warning named the blocking ranks. There is one warning per silence."""
+        """Record that this silence has its warning."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the seconds of the silence for which a warning was printed; None without a warning. Call this when all
-        ranks have ended well.
-        """
+        """Return the seconds of the current silence if it has a warning, else None. Call it when all ranks have ended."""
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """Return the length in seconds of an ended silence for which a warning was printed; None if there is none. Each
-        silence is returned once.
-        """
+        """Return the seconds of an ended silence with a warning, once, else None."""
         if self._late is None or self._late[0] == self._silences:
             return None
         seconds, self._late = self.silent_since - self._late[1], None
         return seconds
 
     def is_hung(self, now: float) -> bool:
-        """Whether no rank has made progress for so long that the run must be ended."""
+        """Whether no rank made progress for longer than the limit."""
         return self.seconds_left(now) < 0
 
     def seconds_left(self, now: float) -> float:
-        """Return after how many seconds the run is ended if no rank makes progress."""
+        """Return the seconds until the run is ended without progress."""
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:
-        """Return a sentence if the current step takes much longer than usual, once until the next news; else None."""
+        """Return a sentence, once per silence, if the current step takes unusually long."""
         usual, silent = self._patience.usual_step(), now - self.moved
         if self._told_quiet or self.doing != STEP_PHASE or usual is None:
             return None

@@ -47,23 +47,23 @@ RINGS = "rank_*.ring"
 """Glob pattern of the files that `ring_path` names."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Format of a rank's two progress counters: completed units of work, and checkpoint bytes written."""
+"""Format of a rank's two counters: completed work units and written checkpoint bytes."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
-"""Upper bound of the Unix times that a run's files may contain. It is a time in the year 5138."""
+"""Upper bound of Unix times in a run's files (year 5138)."""
 LOCK = ".lock"
 _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Age of a checkpoint: attempt and step. A later attempt is newer, even at a lower step."""
+    """Age of a checkpoint. A later attempt is newer at any step."""
 
     attempt: int
     step: int
 
 
 NONE = Age(0, -1)
-"""Age if there is no checkpoint: lower than every checkpoint's age."""
+"""Age without a checkpoint, lower than every checkpoint's age."""
 
 
 def step_name(step: int) -> str:
@@ -99,7 +99,7 @@ def ring_path(logs: Path, rank: int) -> Path:
 
 
 def read_counts(logs: Path, rank: int) -> tuple[int, int]:
-    """Return a rank's counts of completed work units and of written checkpoint bytes; zeros if it has no ring."""
+    """Return a rank's counts of work units and written bytes, or zeros."""
     with suppress(OSError, struct.error):
         handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
         try:
@@ -119,9 +119,8 @@ def stop_path(logs: Path) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """Return the lowest attempt number that may write checkpoints; -1 if there is no fence.
-
-    Raises UserError if the fence is damaged.
+    """Return the lowest attempt number that may write checkpoints; -1 without a fence. Raises UserError for a damaged
+    fence.
     """
     path = checkpoints / _FENCE
     try:
@@ -143,10 +142,7 @@ def read_fence(checkpoints: Path) -> int:
 
 @contextmanager
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock of checkpoints/ in the block, so that no other process changes the folder.
-
-    Raises UserError if another process holds it for `timeout` seconds.
-    """
+    """Hold the lock of checkpoints/ in the block. Raises UserError if it stays locked for `timeout` seconds."""
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(checkpoints / LOCK, timeout))
@@ -157,5 +153,5 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:
-    """Raise the fence: attempts with a number below `attempt` can no longer write checkpoints."""
+    """Raise the fence: attempts below `attempt` can no longer write checkpoints."""
     atomic_write_text(checkpoints / _FENCE, str(attempt))

@@ -1,4 +1,4 @@
-"""Detects a hang from inside a rank under torchrun, or inside a single process, and names the blocking rank."""
+"""Detects a hang from inside a rank, and names the blocking rank."""
 
 import os
 import sys
@@ -33,19 +33,17 @@ from conf.words import say
 LOOK_SECONDS = 0.25
 """Seconds between two checks of this rank's progress."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""A rank checks the other ranks' progress after this many seconds of silence, at most this many ranks per second."""
+"""Seconds of silence before a rank checks the others, and maximum checks per second."""
 STACKS_WITHIN_SECONDS = 2.0
 """Seconds to wait for the stacks of this host's other ranks."""
 SAME_INCIDENT_SECONDS = 60.0
-"""If a rank fails within this many seconds after another rank reported an incident, the failing rank does not report it
-again.
-"""
+"""Seconds in which a failing rank does not repeat another rank's incident."""
 
 
 class SelfWatch:
     """Watches the progress of this process and reports a hang. Use in `with`.
 
-    ends: whether the watch also ends a hung process. Pass False for a process of the user, such as a notebook.
+    ends: whether to end a hung process. Pass False for a process of the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -95,14 +93,12 @@ class SelfWatch:
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """Return the progress of all other ranks whose files this rank can read. If another rank makes progress, this
-        rank may be waiting for it, and the run does not hang.
-        """
+        """Return the readable progress of all other ranks. If one makes progress, the run does not hang."""
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
 
     def _tell_hang(self, seconds: float, left: float | None) -> None:
-        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if it is ended now."""
+        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if now."""
         traces = read_traces(self._logs)
         reports = self._reports(traces)
         stacks = self._stacks(traces, native=left is None)
@@ -116,13 +112,13 @@ class SelfWatch:
             self._tell(f"warning: {text}", incident | {"late": True})
 
     def _tell_failure(self, error: BaseException) -> None:
-        """Report an error of this rank. The report names another rank if that rank caused it."""
+        """Report this rank's error, or another rank that caused it."""
         traces = read_traces(self._logs)
         stacks = self._stacks(traces)
         code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
         kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
         ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
-        # The pipeline wraps an error that occurs inside it in an error with another message, so use the original error.
+        # The pipeline wraps its errors in an error with another message.
         first = list(causes(error))[-1]
         words = next((line for line in str(first).splitlines() if line.strip()), "")
         cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
@@ -133,7 +129,7 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """Report the incident. If another rank has already reported it, print only that this rank ends because of it."""
+        """Report the incident. After another rank's report, print only that this rank ends."""
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):

@@ -1,4 +1,4 @@
-"""Starts a rank as a child process that ends when its parent ends."""
+"""Starts a rank as a child process that ends with its parent."""
 
 import contextlib
 import ctypes
@@ -16,15 +16,15 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""The prctl option for the signal that a process receives when its parent dies."""
+"""The prctl option for a signal when the parent dies."""
 LEASE = 4.0
-"""If the driver asks nothing for this many heartbeats, an agent kills its ranks."""
+"""Heartbeats without a question after which an agent kills its ranks."""
 ENDING = 60.0
 """Seconds that a killed rank may need to free its memory."""
 
 
 def longest_afterlife(config: Config) -> float:
-    """Return the maximum seconds for which a rank may outlive its killed driver."""
+    """Return the maximum seconds that a rank outlives its killed driver."""
     return ENDING + (LEASE * config.cluster.heartbeat if config.cluster.backend == "ray" else 0.0)
 
 
@@ -35,10 +35,9 @@ def spawn(
     folder: str | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
-    """Start a child process in its own session. The driver receives Ctrl-C and passes it on.
+    """Start a child process in its own session, which Ctrl-C does not reach. The kernel kills it if this process dies.
 
-    If this process dies, the kernel kills the child. output: file for stdout and stderr; None for the terminal. folder:
-    working folder; None for this process's working folder.
+    output: file for stdout and stderr; None for the terminal. folder: working folder; None for this process's folder.
     """
     bind, parent = _binder(), os.getpid()
     return subprocess.Popen(
@@ -54,17 +53,14 @@ def spawn(
 
 
 class ForkedProcess:
-    """A child forked from this process, with all its imported modules. Like a child of `spawn`, it dies with its
-    parent.
+    """A child forked from this process, with its imported modules and the methods of Popen that cluster/local.py uses.
 
-    The class has the methods of Popen that cluster/local.py uses. Before the fork, the parent must not have computed
-    anything: OpenMP threads and GPU contexts do not survive a fork.
+    It dies with its parent. The parent must not have computed anything: OpenMP threads and GPU contexts do not survive
+    a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """Fork the child. work: function that the child runs; it returns the exit code. environment: the child's
-        environment variables. output: file for stdout and stderr; None for the terminal.
-        """
+        """Fork the child. work: its function, which returns the exit code. output: file for stdout and stderr, or None."""
         bind, parent = _binder(), os.getpid()
 
         def run() -> None:
@@ -101,14 +97,14 @@ class ForkedProcess:
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent dies, even if nobody reaps the parent."""
+    """Make the kernel kill this process when its parent dies, even if the parent becomes a zombie."""
     _binder()(os.getppid())
 
 
 def _binder() -> Callable[[int], None]:
     """Return a function that makes the calling process die with its parent.
 
-    Call `_binder` before a fork, because it loads a library. A child of a process with threads must not load libraries.
+    Call `_binder` before a fork: it loads a library, which a child of a process with threads must not do.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -121,7 +117,7 @@ def _binder() -> Callable[[int], None]:
 
 
 def lives(pid: int) -> bool:
-    """Whether the process exists and is no zombie. A zombie has ended, even if nobody reaps it."""
+    """Whether the process exists and is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -129,8 +125,8 @@ def lives(pid: int) -> bool:
 
 
 def holds_open(pid: int, path: Path) -> bool:
-    """Whether the process `pid` belongs to this user and has exactly the file `path` open. If not, do not signal the
-    process: the process id may be reused or untrusted.
+    """Whether this user's process `pid` has the file `path` open. If not, do not signal it: the id may be reused or
+    untrusted.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)
@@ -142,10 +138,7 @@ def holds_open(pid: int, path: Path) -> bool:
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """Return this host's processes with this name, each with its command line.
-
-    Zombies, and processes whose command line cannot be read, are left out.
-    """
+    """Return this host's processes with this name and their command lines, without zombies and unreadable processes."""
     found = psutil.process_iter(["name", "cmdline"])
     return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]
 
@@ -159,9 +152,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds in which a process's main thread was ready but had no core; 0 if the kernel does not report
-    them.
-    """
+    """Return the seconds in which a process's main thread waited for a core, or 0."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

@@ -1,7 +1,7 @@
 """Collects the stacks of a rank's threads. SIGUSR1 makes a rank write its stacks to a file in its logs.
 
-The result also names the hosts that have not acknowledged data on the rank's TCP connections. For a hung rank, stacks
-of native threads are added if pystack is installed and may inspect the process.
+The result also names the hosts that have not acknowledged the rank's TCP data. For a hung rank, pystack adds native
+threads, if it is installed and permitted.
 """
 
 import contextlib
@@ -31,28 +31,27 @@ STACKS_LOOK_SECONDS = 0.05
 """Seconds after which the requested stacks are checked again."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
-"""Command that runs instead of a missing pystack. It prints how to install pystack."""
+"""Command instead of a missing pystack; it prints the fix."""
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""The prctl option that allows another process and its descendants to inspect this process. Without it, Linux's Yama
-module forbids the inspection.
+"""The prctl option that lets another process and its descendants inspect this process, which Linux's Yama module
+forbids.
 """
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 """Running pystack processes by inspected process id, with their deadlines."""
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Prefix of the timer field in /proc/net/tcp while sent data is not acknowledged. If the other end acknowledges data
-but cannot receive more, the prefix differs.
+"""Prefix of the timer field in /proc/net/tcp while sent data is not acknowledged. A receiver without room has another
+prefix.
 """
 _kept_open: list[IO] = []
 
 
 def answer_requests(logs: Path | None, rank: int) -> None:
-    """Make this process write its stacks at SIGUSR1 to the file `stacks_path`, or to stderr if `logs` is None.
-
-    The parent process and its children may then inspect this process.
+    """Make this process write its stacks at SIGUSR1 to the file `stacks_path`, or without `logs` to stderr. The parent
+    and its children may then inspect it.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:
@@ -67,10 +66,7 @@ def answer_requests(logs: Path | None, rank: int) -> None:
 
 
 def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
-    """Ask a rank for its stacks. Returns whether it can answer.
-
-    A rank that is still importing modules is not asked: without a signal handler, the signal would end it.
-    """
+    """Ask a rank for its stacks. Returns whether it can answer. During a rank's imports, the signal would end it."""
     if not handles(pid, signal.SIGUSR1):
         return False
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "r+b", opener=open_plain) as file:
@@ -82,9 +78,8 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
 
 
 def gather_stacks(logs: Path, pids: Mapping[int, int], seconds: float, native: bool = False) -> dict[int, str]:
-    """Return the stacks of these processes, by rank, without those that do not answer within `seconds`.
-
-    pids: process ids by rank. native: see `read_stacks`.
+    """Return the stacks of the processes that answer within `seconds`, by rank. pids: process ids by rank. native: see
+    `read_stacks`.
     """
     asked = [rank for rank, pid in pids.items() if not is_stopped(pid) and ask_stacks(logs, rank, pid)]
     ends, stacks = time.monotonic() + seconds, dict[int, str]()
@@ -104,10 +99,10 @@ def own_stacks() -> str:
 
 
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
-    """Return the stacks that a rank wrote since the request, or None before they are complete.
+    """Return the stacks that a rank wrote since the request; None before they are complete.
 
-    native: whether to add native threads' stacks if the rank waits for no other rank. pystack then stops the rank for
-    about a second.
+    native: whether to add native threads' stacks if the rank waits for no other rank. pystack then stops it for about a
+    second.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)
@@ -120,7 +115,7 @@ def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | 
 
 
 def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
-    """Return pystack's output for the process; None while pystack is still running."""
+    """Return pystack's output for the process; None while it runs."""
     path = stacks_path(logs, rank).with_suffix(".native")
     if pid not in _natives:
         words = [str(PYSTACK), "remote", "--native-all", "--no-color", str(pid)] if PYSTACK.exists() else NO_PYSTACK
@@ -138,14 +133,12 @@ def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
 
 
 def is_looked_into(pid: int) -> bool:
-    """Whether pystack is inspecting the process now. An inspected process looks stopped."""
+    """Whether pystack is inspecting the process, which then looks stopped."""
     return pid in _natives
 
 
 def unanswered(pid: int) -> str:
-    """Return text that names the IP address of process `pid`, and the hosts that have not acknowledged its TCP data.
-    Empty if the process has no connections.
-    """
+    """Return text with the IP address of process `pid` and the hosts that have not acknowledged its TCP data, if any."""
     own, late = Counter[str](), set[str]()
     with contextlib.suppress(OSError):
         sockets = {
@@ -167,18 +160,14 @@ def _link(path: str) -> str:
 
 
 def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address field of /proc/net/tcp: IP address and port. The address has groups of 4 bytes in reverse byte
-    order.
-    """
+    """Parse IP address and port of /proc/net/tcp. The address has groups of 4 bytes in reverse order."""
     raw = bytes.fromhex(said.partition(":")[0])
     found = ipaddress.ip_address(b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4)))
     return getattr(found, "ipv4_mapped", None) or found
 
 
 def _is_whole(stacks: str) -> bool:
-    """Whether faulthandler has printed all threads. The main thread is last, and its last line is the outermost
-    function.
-    """
+    """Whether faulthandler has printed all threads, the main thread last."""
     _, header, last = stacks.rpartition("(most recent call first):\n")
     return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))
 

@@ -1,13 +1,13 @@
 """Assigns ranks to devices: a pure function from nodes and degrees of parallelism to an ordered list.
 
 The ranks of an expert group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE layer. So a
-group uses few nodes, in one rack if possible. Neighbouring stages communicate less. The steps:
+group uses few nodes, in one rack if possible. The steps:
 
-    1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each. If a group fits
-       on a node, the node has devices // ep slots. Otherwise a slot is ep / g nodes with g ranks each, for the largest
-       divisor g of ep that the nodes can hold. Slots are formed inside racks first.
+    1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each, inside racks
+       first. A node has devices // ep slots. If a group does not fit on a node, a slot is ep / g nodes with g ranks
+       each, for the largest divisor g of ep that the nodes can hold.
     2. A block is one expert group of every stage, in consecutive slots. Slot i is stage i % pp of block i // pp. A
-       pipeline is in one block, so a lost device costs at most one block (see cluster/driver/shapes.py).
+       lost device costs at most one block (see cluster/driver/shapes.py).
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
        from the same rack if possible. If more groups would then span several racks than in a new placement (steps 1
@@ -34,7 +34,7 @@ class Node:
     address: str
     """IP address at which the other nodes reach this node."""
     devices: int
-    """Number of ranks that the node can hold: its GPUs, or a configured number on CPU."""
+    """Maximum number of ranks: the node's GPUs, or a configured number."""
     rack: str = ""
     device_bytes: int = 0
     """Memory of a device in bytes; 0 if unknown."""
@@ -42,9 +42,7 @@ class Node:
 
 @dataclass(frozen=True)
 class StageShape:
-    """The shape of a pipeline stage: number of its ranks, number of ranks that share experts, and micro-batches of the
-    busiest rank.
-    """
+    """The shape of a pipeline stage. ep: number of ranks that share the experts."""
 
     dp: int
     """Number of ranks of a stage: parallel.dp x parallel.cp."""
@@ -87,9 +85,7 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Return the seats (ranks with their devices) by node id, in the order of local ranks. Nodes without seats are
-        missing. The result is cached.
-        """
+        """Return the seats by node id, in the order of local ranks."""
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
             found.setdefault(seat.node.id, []).append(seat)
@@ -108,9 +104,9 @@ def place(
     allowed: Callable[[StageShape], bool] = lambda shape: True,
     near: Placement | None = None,
 ) -> Placement | None:
-    """Return the placement of the first allowed shape that fits the nodes; None if there is none.
+    """Return the placement of the first allowed shape that fits the nodes, or None.
 
-    near: an earlier placement. If the shape is the same, each rank stays on its node.
+    near: an earlier placement. With the same shape, each rank stays on its node.
     """
     ordered = sorted(nodes, key=_position)
     seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))
@@ -128,13 +124,13 @@ def place(
 
 
 def count_group_places(nodes: Iterable[Node], ep: int) -> int:
-    """Return how many expert groups of `ep` ranks the nodes can hold."""
+    """Return how many expert groups of `ep` ranks fit the nodes."""
     ordered = sorted(nodes, key=_position)
     return max(len(list(_seats(ordered, ep, inside))) for inside in _parts(ep))
 
 
 def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
-    """Return a placement of exactly pp x dp ranks. Raises UserError if the nodes cannot hold them."""
+    """Return a placement of exactly pp x dp ranks. Raises UserError if it does not fit."""
     found = place(nodes, pp, [StageShape(size, ep) for size in range(dp, 0, -ep)])
     if found is not None and found.dp == dp:
         return found
@@ -153,7 +149,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """Return the placement `near` with a spare for every missing node; None if spares are too few."""
+    """Return `near` with a spare for every missing node, or None."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]
@@ -173,7 +169,7 @@ def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
 
 
 def _straddling(placement: Placement) -> int:
-    """Return the number of expert groups that span more than one rack."""
+    """Return how many expert groups span several racks."""
     racks: dict[int, set[str]] = {}
     for seat in placement.seats:
         racks.setdefault(seat.rank // placement.ep, set()).add(seat.node.rack)
@@ -194,14 +190,13 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """Yield the possible numbers of ranks that an expert group has on each of its nodes, in descending order."""
+    """Yield possible numbers of an expert group's ranks per node, in descending order."""
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:
-    """Yield the slots for complete expert groups, the best first.
-
-    A slot is a list of parts, one per node: (node, first device). inside: number of ranks in each part.
+    """Yield the slots for expert groups, the best first. A slot is a list of (node, first device). inside: ranks per
+    node.
     """
     if inside == ep:
         for node in nodes:
@@ -224,7 +219,7 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
 
 
 def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Placement:
-    """Assign ranks to the devices: rank = stage * dp + block * ep + index in the expert group."""
+    """Assign ranks to devices: rank = stage * dp + block * ep + index in the group."""
     dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []
     for index, seat in enumerate(seats):
@@ -239,7 +234,7 @@ def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Pla
 
 
 def placement_table(placement: Placement) -> str:
-    """Return the placement as a table, with one line for each node that has ranks."""
+    """Return the placement as a table, with one line per node."""
     rows = [("node", "rack", "address", "stages", "expert groups", "ranks")]
     for seats in placement.by_node.values():
         node = seats[0].node
@@ -258,7 +253,7 @@ def placement_table(placement: Placement) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return numbers as text with shortened ranges: [0, 1, 2, 5] -> 0-2,5"""
+    """Return numbers as text with ranges: [0, 1, 2, 5] -> 0-2,5"""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA): the weights that can be adapted, and the names of A and B. Imports no torch.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): the weights that can be adapted, and the names of A and B. Imports no
+torch.
 
-An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W (LoRA, arXiv 2106.09685). At the start A
-is random and B is 0. Some parameters stack several matrices: w13 stacks w1 and w3. Every stacked matrix has its own A
-and B.
+An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W. Initially A is random and B is 0. Some
+parameters stack matrices, such as w1 and w3 in w13. Every stacked matrix has its own A and B.
 
     base parameter          names and shapes of its A and B
     q_up.weight  (O, I)     q_up.lora_A (rank, I)                  q_up.lora_B (O, rank)
@@ -24,7 +24,7 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""For each word of adapter.targets: name endings of the base parameters, also in MTP modules."""
+"""Maps a word of adapter.targets to name endings of base parameters."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 
@@ -33,13 +33,13 @@ class LoraNames(NamedTuple):
     """Names of LoRA A and B of one adapted matrix."""
 
     a: str
-    """Name of A: (rank, inputs), or (local experts, rank, inputs) for stacked experts."""
+    """Name of A, (rank, inputs); stacked experts: (local experts, rank, inputs)."""
     b: str
-    """Name of B: (outputs, rank), or (local experts, outputs, rank) for stacked experts."""
+    """Name of B, (outputs, rank); stacked experts: (local experts, outputs, rank)."""
 
 
 def target_of(base: str) -> str | None:
-    """Return the target of the base parameter with this global name, or None."""
+    """Return the target of a base parameter's global name, or None."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),
         None,
@@ -47,13 +47,12 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter in FP8 blocks. These are the weights whose GEMMs run in FP8
-    with precision.fp8."""
+    """Whether adapter.base=fp8 stores this base parameter in FP8 blocks."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Return the names of A and B for a base parameter. w13 has two pairs, for w1 and w3."""
+    """Return the names of each pair A and B of a base parameter."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

@@ -1,7 +1,7 @@
 """Reports how a resumed run differs from the run that wrote the checkpoint: each key with its old and its new value.
 
-The changed keys are grouped by their effect. A key is left out if EFFECTS says that it cannot change the training. A
-key without an entry in EFFECTS is reported, so new keys of the schema are reported by default.
+The report groups keys by effect (EFFECTS), and leaves out keys that cannot change the training. A key without an entry
+is reported.
 """
 
 import json
@@ -20,12 +20,12 @@ from conf.schema import Config, Data, Fp8, HoldOutBy, Optim, OptimizerName, Prec
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
-"""LINE_WIDTH: maximum characters of a line. An old and a new value that do not fit get a line each. AROUND: characters
-of a long value that are shown before, and after, the first difference."""
+"""LINE_WIDTH: maximum characters of a line with both values. AROUND: characters shown on each side of the first
+difference of long values."""
 
 
 class Effect(Enum):
-    """Effects of a changed setting on the training. Each value is a heading in the report."""
+    """Effects of a changed setting on the training, as headings of the report."""
 
     training = "change the training"
     rounding = "change only rounding and speed"
@@ -74,7 +74,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""Effect of a changed key or group of keys, with a reason. The longest matching name applies."""
+"""Effect of a changed key or group, with a reason. The longest matching name applies."""
 
 REMARKS = {
     "steps": "the schedules are scaled to the new length",
@@ -89,7 +89,7 @@ class Changes:
     """Differences between this run and the run that wrote a checkpoint."""
 
     settings: dict[str, tuple[Any, Any]]
-    """Old and new value of each changed key; None for a run without the key."""
+    """Old and new value of each changed key; None if absent."""
     known: bool
     """Whether the checkpoint contains its run's settings."""
     facts: tuple[str, ...] = ()
@@ -134,8 +134,8 @@ def effect_of(key: str) -> Effect:
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
     """Return the differences between this run and the run that wrote a checkpoint.
 
-    fingerprint: fingerprint of this run's data. meta: metadata of the checkpoint. If the checkpoint lacks a setting,
-    the setting's default is the old value. Raises UserError for a removed setting whose value changed results.
+    fingerprint: fingerprint of this run's data. meta: metadata of the checkpoint. Raises UserError for a removed
+    setting whose value changed results.
     """
     new = settings_of(config)
     if "config" in meta:
@@ -151,8 +151,7 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return the default of every setting, including the FP8 settings. An earlier version without the key trained with
-    this value."""
+    """Return every setting's default, which earlier versions without the key used."""
     config = Config(
         data=Data(cache="", hold_out_by=HoldOutBy.name),
         optim=Optim(name=OptimizerName[ADAMW]),
@@ -163,8 +162,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield each key of the old or the new settings, with both values. If one side has null for a group of keys, the
-    group counts as one key."""
+    """Yield each key of the old or new settings, with both values. A group that is null on one side is one key."""
     old, new = _shut(old, new), _shut(new, old)
     for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key, defaults.get(key)), new.get(key)
@@ -172,7 +170,7 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings `here` by dotted key. A group that is null in `there` becomes one key."""
+    """Return `here` by dotted key. A group that is null in `there` becomes one key."""
     found: dict[str, Any] = {}
     for key, value in here.items():
         group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)
@@ -209,8 +207,8 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to a dictionary by dotted key. A list of mappings gets keys such as
-    optim.lr_schedule[0].value. Other lists remain one value."""
+    """Return nested settings by dotted key, such as optim.lr_schedule[0].value for a list of mappings. Other lists
+    remain one value."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):

@@ -1,4 +1,4 @@
-"""Rules over several fields: `check` tests RULES in order and raises UserError for the first broken rule."""
+"""Rules over several fields: `check` raises UserError for the first broken rule."""
 
 import itertools
 import re
@@ -39,13 +39,13 @@ NOT_CHATS, FOR_CHATS = (
     "set data.format=chat, or leave it out",
 )
 MAX_EXPERTS = 32767
-"""Upper bound of the number of experts, because expert ids are int16."""
+"""Maximum number of experts, because expert ids are int16."""
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
 """Adapter targets that exist in every block."""
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
 """Modes that add the adapter of adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
-"""Smallest share of a source in a data mix. train/data/dataset.py treats smaller shares as zero."""
+"""Smallest share of a source in a data mix; train/data/dataset.py treats smaller shares as zero."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """Name of the schedule that reads parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
@@ -59,14 +59,12 @@ class ConfigCheck(Protocol):
 
 
 Text = str | Callable[[Config, Any], str]
-"""Rule or fix of an error: a sentence with placeholders for the value ({v}) and for other keys ({model.layers}), or a
-function that returns the sentence."""
+"""Rule or fix of an error: a function, or a sentence with placeholders such as {v} (the value) or {model.layers}."""
 
 
 @dataclass(frozen=True)
 class JoinedRule:
-    """A rule for one key, which may depend on other keys. Its functions get the configuration `c` and the key's value
-    `v`."""
+    """A rule for one key. Its functions get the configuration `c` and the key's value `v`."""
 
     key: str
     holds: Callable[[Config, Any], Any]
@@ -75,7 +73,7 @@ class JoinedRule:
     each: bool = False
     """Whether the rule applies to every element of a list."""
     named: str = ""
-    """Name of the key in the error, if it is not `key`."""
+    """Name of the key in the error, unless it is `key`."""
     shown: Callable[[Config, Any], Any] = lambda c, v: v
     """Converts the value to the form that the error shows."""
 
@@ -123,7 +121,7 @@ def check(config: Config) -> None:
 
 
 def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
-    """Yield a sentence for every typed key that has no effect here."""
+    """Yield a sentence for every typed key without effect."""
     for error in (error for rule in WHERE_READ if rule.key in keys for error in rule.errors(config)):
         yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
 
@@ -152,8 +150,8 @@ def check_experts(experts: int, ep: int) -> None:
 
 
 def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
-    """Raise UserError unless the layout uses exactly the started ranks. world: number of started ranks. given: where
-    this number comes from, as text for the error."""
+    """Raise UserError unless the layout has exactly `world` ranks. given: source of this number, as text for the
+    error."""
     if pp * dp * cp != world:
         raise UserError(
             "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
@@ -170,7 +168,7 @@ def _is_name(c: Config, v: str) -> bool:
 
 
 def _parts(key: str, parts: Iterable[str]) -> ConfigCheck:
-    """Return the rule for a list of block parts to recompute or offload. parts: allowed words besides layer:N."""
+    """Return the rule for model.recompute or model.offload. parts: allowed words besides layer:N."""
 
     def check_parts(config: Config) -> None:
         words = attrgetter(key)(config)
@@ -232,8 +230,8 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Return the rules for a sequence length with parallel.cp. Each sequence is divided into 2 x cp pieces of equal
-    length. key: setting with the sequence length."""
+    """Return the rules for a sequence length, which parallel.cp divides into 2 x cp equal pieces. key: setting with the
+    length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (
@@ -640,6 +638,6 @@ WHERE_READ: tuple[JoinedRule, ...] = (
     JoinedRule("text_only", lambda c, v: not v or c.init_from, "applies to weights of init_from, which is not set",
                "set init_from, or leave it out"),
 )
-"""Conditions under which the program reads a key. A user who types a key that is not read gets a note."""
+"""Conditions under which the program reads a key. Otherwise, a user who types the key gets a note."""
 # fmt: on
 RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

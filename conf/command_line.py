@@ -1,8 +1,8 @@
 """Explains an invalid command line: the wrong argument, the rule that it breaks, and one fix.
 
-Hydra composes the configuration first. If it fails, its error names the argument or the key. This file then finds
-types, choices and similar keys in the schema. Only flags are checked before Hydra runs, because Hydra exits at an
-unknown flag. conf/check.py checks bounds and rules over several fields.
+Flags and deletions of keys are checked before Hydra runs, because Hydra exits at an unknown flag. For other arguments,
+Hydra's error names the argument or the key, and the schema gives types, choices and similar keys. conf/check.py checks
+bounds and rules over several fields.
 """
 
 import difflib
@@ -40,7 +40,7 @@ FLAGS = {
     )
     for name in names.split()
 }
-"""Hydra's flags, and whether each takes a value, which may be the next argument."""
+"""Hydra's flags, and whether each takes a value."""
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
 """Flags whose command lines contain no settings."""
 LISTS = "`sluice --help` tells how to list recipes, groups and keys"
@@ -52,8 +52,7 @@ NAMES_A_WORD = re.compile(
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise UserError for the first argument that Hydra would reject or misread: an unknown or unsuitable flag, or the
-    deletion of a key."""
+    """Raise UserError for the first unsuitable flag, or for the deletion of a key."""
     if COMPLETION & {*words}:
         return
     rest = iter(enumerate(words))
@@ -81,7 +80,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def explain(error: Exception, words: Sequence[str]) -> UserError:
-    """Convert an error of Hydra or OmegaConf to a UserError, or raise it again if it is unknown."""
+    """Convert an error of Hydra or OmegaConf to a UserError, or raise it again."""
     wrong = _explained(error, words)
     typed = (wrong.field, wrong.field.rpartition(".")[2], str(wrong.value))
     cure = next((CURES[each.lower()] for each in typed if each.lower() in CURES), wrong.cure)
@@ -137,8 +136,8 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
 def _wrong_setting(
     key: str, text: str, typed: dict[str, str], inside: str, problem: Exception, said: str, groups: dict[str, list[str]]
 ) -> UserError:
-    """Return the error for an argument that Hydra or OmegaConf rejected. inside: key in OmegaConf's error, which may be
-    below the argument's key. said: text of Hydra's error."""
+    """Return the error for an argument that Hydra or OmegaConf rejected. inside: key in OmegaConf's error. said: first
+    line of Hydra's error."""
     if (kind := type_of(key)) is None and key not in groups:
         return _unknown_key(key, typed.get(key, text), groups)
     if said.startswith(("Ambiguous", "Sweep")):
@@ -174,7 +173,7 @@ def settings_in(words: Sequence[str]) -> list[str]:
 
 
 def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return the option names of each group. own: folders with user recipes."""
+    """Return the option names of each group. own: the user's folders."""
     files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
     groups: dict[str, list[str]] = {}
     for file in files:
@@ -183,7 +182,7 @@ def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
 
 
 def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
-    """Return the error for a value of the wrong type. problem: OmegaConf's error."""
+    """Return the error for a value of the wrong type."""
     kind, default = type_of(key), _default(key)
     example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else LISTS
     if value == "" and kind is not str:
@@ -217,8 +216,7 @@ def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
 
 
 def _number_meant(key: str, value: Any, kind: type) -> str | None:
-    """Return a fix for a fraction, a percentage or a number with a unit: the number that the user meant. Otherwise
-    return None."""
+    """Return a fix for a fraction, a percentage or a number with a unit, or None."""
     if kind is int and isinstance(value, float) and math.isfinite(value):
         if value.is_integer():
             return f"write it out: {key}={int(value)}"
@@ -243,8 +241,7 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for an unknown name in a mapping, or in a list of mappings. key: the key of the mapping
-    or list. kind: the key's type in the schema."""
+    """Return the error for an unknown name in a mapping or a list of mappings."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]
@@ -285,8 +282,7 @@ def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError
 
 
 def close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
-    """Return keys that the user may have meant. Synonyms come first, then keys with the same last part, then keys with
-    a similar spelling."""
+    """Return keys that the user may have meant: by synonym, equal last part or similar spelling."""
     known = [*dict.fromkeys([*dotted_keys(), *more])]
     section, _, last = key.rpartition(".")
     if synonym := KEYS.get(key.lower()) or KEYS.get(last.lower()):
@@ -307,15 +303,14 @@ def close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
 def _may_be_in(section: str, key: str) -> bool:
     """Whether a user who typed a key of `section` may have meant `key`.
 
-    Keys of unrelated sections may end in the same word. The result is true only in three cases: the user typed no
-    section, the typed section exists, or its name resembles the section of `key`.
+    The result is true if the user typed no section, an existing section, or a name that resembles the section of `key`.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
 def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
-    """Return the error for an argument without `key=`, or with a value that Hydra cannot parse."""
+    """Return the error for an argument without `key=`, or with an unreadable value."""
     key, equals, text = word.lstrip("+").partition("=")
     if equals and key:
         return _unreadable(key, text, after)
@@ -347,7 +342,7 @@ def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict
 
 
 def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
-    """Return the error for a value that the shell truncated, or with special characters of Hydra."""
+    """Return the error for a value that the shell truncated or Hydra cannot parse."""
     if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
         whole = " ".join([text, *after])
         end = max(whole.rfind("]"), whole.rfind("}")) + 1
@@ -397,7 +392,7 @@ def _unknown_flag(flag: str, value: str) -> UserError:
 
 
 def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
-    """Raise UserError if the command line sets a key that this mode does not read. A recipe may contain such a key."""
+    """Raise UserError if the command line sets a key that this mode does not read."""
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+")
@@ -408,7 +403,7 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
 
 
 def _in_null_section(typed: dict[str, str]) -> UserError | None:
-    """Return the error for the first typed key of a null section, or None."""
+    """Return the error for the first typed key of a null section."""
     for key, value in typed.items():
         section = next((each for each in dotted_keys() if key.startswith(f"{each}.") and is_nullable(each)), "")
         if is_dataclass(type_of(section)):
@@ -422,7 +417,7 @@ def _in_null_section(typed: dict[str, str]) -> UserError | None:
 
 def _in_recipe(name: str, inside: str, own: Sequence[Path]) -> tuple[str, Any] | None:
     """Return the key and the value that caused an error in a recipe file. name: GROUP/OPTION of the file. inside: key
-    in OmegaConf's error. If a section is not a mapping, the key is that section."""
+    in OmegaConf's error."""
     files = (folder / f"{name}.yaml" for folder in (*own, ROOT / "conf"))
     given = read_yaml(next(file for file in files if file.is_file()))
     for key in dotted_keys():

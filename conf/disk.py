@@ -2,8 +2,7 @@
 
 Rules for every file that the program writes:
 - An error contains the name of the file (`naming`).
-- If the run does not need the file, the program prints a note and continues. Lines of metrics and events are held in
-  memory until the disk has space (`Backlog`).
+- A file that the run does not need causes only a note. Metrics and events wait in memory for disk space (`Backlog`).
 - Any other error ends the command with one screen (`disk_errors`): the setting, the disk, the needed bytes, the fix.
 
 Only `cure_of_reading` and `cure_of_writing` choose the fix.
@@ -45,7 +44,7 @@ DISK_FAILED = {
     errno.EUCLEAN,
     errno.EBADMSG,
 }
-"""Error numbers of a broken disk, file system or network. No setting can fix this."""
+"""Error numbers of a broken disk, file system or network."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
 REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
@@ -63,7 +62,7 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Context that adds the file's name to an OSError, because an error while reading does not contain the name."""
+    """Context that adds the file's name to an OSError while reading."""
     return naming(path, way="read")
 
 
@@ -73,7 +72,7 @@ def is_refusal(error: Exception) -> TypeGuard[OSError]:
 
 
 def _number(error: OSError) -> int | None:
-    """Return the errno of an error. Rust and C++ libraries have it only in the text."""
+    """Return the errno, which Rust and C++ libraries have only in the text."""
     found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
     return int(found[1]) if found else error.errno
 
@@ -101,7 +100,7 @@ def cure_of_writing(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str | None:
-    """Return the fix that reading and writing share for an error; None if they have different fixes."""
+    """Return the fix if it is the same for reading and writing."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, repair it, and start again"
     if error.errno == errno.ELOOP:
@@ -112,7 +111,7 @@ def _cure(error: OSError) -> str | None:
 
 
 def describe_room(path: Path | str) -> str:
-    """Return a sentence about the disk of this path, which need not exist, and its free space."""
+    """Return a sentence about the free space of a path's disk."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -140,21 +139,21 @@ def explain_disk_error(error: OSError) -> str:
 
 
 class Backlog:
-    """Appends data to a file in order, and holds data in memory while the disk refuses them."""
+    """Appends data to a file in order, and holds data while the disk refuses them."""
 
     def __init__(self, write: Callable[[bytes], None]):
-        """write: appends all bytes, or raises OSError without a change to the file."""
+        """write: appends all bytes, or raises OSError and appends nothing."""
         self._write = write
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost items. Above BACKLOG bytes in memory, the oldest items are dropped."""
+        """Number of lost items: above BACKLOG bytes, the oldest are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Append the held data and `piece` to the file. If the disk refuses, hold the rest and raise OSError."""
+        """Append the held data and `piece`. If the disk refuses, hold the rest and raise OSError."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -163,7 +162,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Append the held data to the file. Raises OSError if the disk refuses again."""
+        """Append the held data. Raises OSError if the disk refuses again."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -171,8 +170,7 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Context that converts an OSError of a disk to an error of class `kind`, with the setting whose folder contains
-    the file."""
+    """Context that converts an OSError of a disk to an error of class `kind`, with the file's setting (`_setting`)."""
     try:
         yield
     except OSError as error:
@@ -205,8 +203,7 @@ def _way(error: OSError) -> str:
 
 
 def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
-    """Return the key and the value of the setting whose folder contains the path; without a match, `file` and the
-    path."""
+    """Return key and value of the setting whose folder contains the path, else `file` and the path."""
     for config in configs:
         for key, value in (
             ("export.to", config.export.to),
@@ -219,7 +216,7 @@ def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
 
 
 def let_output_be_lost() -> None:
-    """Drop this process's output to a full disk, so that it does not end the process."""
+    """Make this process drop output that a full disk refuses."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:

@@ -1,8 +1,7 @@
-"""The kinds of dispatch, which send tokens to experts on other ranks: what they need, and what they cost. Imports no
-torch.
+"""The kinds of dispatch, which send tokens to experts on other ranks: their needs and their costs. Imports no torch.
 
-Other code asks this table for the properties of a dispatch, and never compares names. A new dispatch needs an entry
-here and in parallel/expert/build.py, which maps the name to the class.
+Other code reads this table, and never compares names. A new dispatch needs an entry here, and a class in
+parallel/expert/build.py.
 """
 
 from dataclasses import dataclass, replace
@@ -26,11 +25,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class Messages:
-    """Average number of messages per token and MoE layer, on the busiest rank."""
+    """Average number of messages per token and MoE layer on the busiest rank."""
 
     copies: tuple[float, ...]
-    """Number of row copies per token that Sluice's kernels make for each hop: to a node and then to a rank, or directly
-    to a rank. Rows that stay on their rank are included."""
+    """Number of rows per token that Sluice's kernels copy in each hop, also to the same rank. Hops: to nodes and then
+    ranks, or directly to ranks."""
     arrivals: float
     """Number of rows per token that expert ranks receive."""
     inside: float
@@ -45,16 +44,15 @@ class DispatchFacts:
 
     name: str
     per_expert: bool = False
-    """True: a token is sent once for each of its experts. False: a token is sent once to each node with one of its
-    experts, and inside the node once to each rank with one of its experts."""
+    """True: a token is sent once for each of its experts. False: a token is sent once to each node, and inside the node
+    once to each rank, with one of its experts."""
     by_nodes: bool = False
-    """Whether a row is first sent to a node, and then to a rank of this node. This needs equal numbers of ranks per
-    node, and router groups that do not straddle nodes."""
+    """Whether rows are first sent to nodes, and then to the nodes' ranks; see `check_groups`."""
     needs_gpu: bool = False
     package: str | None = None
     """Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether rows must be bf16. The dispatch then also adds a token's rows in bf16."""
+    """Whether the dispatch sends and adds rows only in bf16."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
@@ -63,7 +61,7 @@ class DispatchFacts:
     """Supported sizes of an expert group; None for any size."""
 
     def is_able(self, ep: int, hidden: int, on_gpu: bool) -> bool:
-        """Whether the dispatch supports `ep` ranks, rows of width `hidden`, and this device kind."""
+        """Whether the dispatch supports `ep` ranks and rows of width `hidden`."""
         fits = hidden % self.width == 0 and (self.sizes is None or ep in self.sizes)
         return fits and (on_gpu or not self.needs_gpu)
 
@@ -78,27 +76,24 @@ class DispatchFacts:
         return Messages(copies, reach.ranks, reach.ranks * (1 - 1 / reach.per_node), reach.nodes * other_node)
 
     def side_bytes(self, top_k: int) -> int:
-        """Return the bytes sent besides a row: its gate, or all gates and expert indices of the token."""
+        """Return the bytes sent with a row: gates and expert indices."""
         return 4 if self.per_expert else 4 * top_k + -(-2 * top_k // 4) * 4
 
     def gate_bytes(self, top_k: int) -> int:
-        """Return the bytes sent back besides the gradient of a row: the gradients of its gates."""
+        """Return the bytes of gate gradients sent back with a row's gradient."""
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Return the ranks with which the first rank of an expert group exchanges rows through NCCL, one range for each
-        hop. A range contains the first rank too."""
+        """Return, for each hop, the range of ranks that exchange rows with a group's first rank through NCCL."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
-        """Return the buffer bytes per device; None if the dispatch uses NCCL's buffers."""
+        """Return the buffer bytes per device; None for NCCL's buffers."""
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return over how many experts the dispatch adds the rows of a token before it sends the sum.
-
-        First the experts of a rank, then, for a second sum, of a node. The list is empty if the dispatch adds no rows.
-        """
+        """Return the sizes of the groups of experts over which the dispatch adds a token's rows: the experts of a rank
+        and, for a second sum, of a node. Empty: it adds no rows."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep
@@ -108,17 +103,16 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class DeepEPFacts(DispatchFacts):
-    """Properties of DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer. Its file
-    deep_ep/buffer.py lists the supported sizes of an expert group."""
+    """Properties of DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer.
+    deep_ep/buffer.py lists the group sizes."""
 
     def count_messages(self, reach: Reach) -> Messages:
         return replace(super().count_messages(reach), copies=())
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int:
-        """Return the buffer size in bytes for bf16 rows, by the formulas of DeepEP's csrc/config.hpp.
+        """Return the buffer size in bytes for bf16 rows, as in DeepEP's csrc/config.hpp.
 
-        Each of ten channels has `slots` rows for every rank of a node, and with several nodes 2 x 128 rows for every
-        node.
+        Each of ten channels has `slots` rows per rank of a node and, with several nodes, 2 x 128 rows per node.
         """
         inside, nodes = min(ep, 8), -(-ep // 8)
         slots = 256 if ep <= 8 else 288 if ep <= 64 else 560 if ep <= 128 else 720
@@ -150,8 +144,7 @@ DISPATCHES: dict[str, DispatchFacts] = {
 def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
     """Raise UserError unless the router's expert groups match the nodes (paper 2.1.2, 3.2.2).
 
-    A node holds ranks_per_node consecutive ranks of an expert-parallel group. A router's group must not straddle two
-    nodes. Otherwise a token with experts of M groups could need more than M nodes.
+    If a group straddled nodes, a token with experts of M groups could need more than M nodes.
     """
     if ep % ranks_per_node:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Errors that a user sees, for invalid input and for the end of a run."""
+"""Errors for invalid input and for the end of a run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ EXIT_CODES = {
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was completed; the same command without `resume=` continues it",
     EXIT_INTERRUPTED: "Ctrl-C ended the process at once: in a mode other than training, during the start, or by a second Ctrl-C in a training",
 }
-"""Meaning of each exit code, for scripts. train/docs/troubleshooting.md has the same table."""
+"""Meaning of each exit code, as in train/docs/troubleshooting.md."""
 
 
 class UserError(ValueError):
-    """Invalid input: the field and its value, the rule that it breaks, and the fix.
+    """Invalid input: field and value, the rule that it breaks, and the fix. Untrusted text is sanitised.
 
-    Commands print the error without a traceback, and exit with `code`. Untrusted text in the error is sanitised.
+    Commands print the error without a traceback, and exit with `code`.
     """
 
     code = EXIT_USER
@@ -35,13 +35,13 @@ class UserError(ValueError):
 
 
 class DiskFailed(UserError):
-    """A disk refused a file that the run needs. Completed steps may be lost."""
+    """A disk refused a needed file. Completed steps may be lost."""
 
     code = EXIT_CRASH
 
 
 class RunEnded(RuntimeError):
-    """The run cannot continue, for the given reason. ranks: where the failure began; empty if unknown."""
+    """The run cannot continue. ranks: ranks where the failure began, if known."""
 
     code = EXIT_CRASH
 
@@ -51,12 +51,11 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop. Any other KeyboardInterrupt is a bug."""
+    """A signal asked this process to stop. Other KeyboardInterrupts are bugs."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error and its causes, the outermost first. contexts: whether to follow `__context__` if there is no
-    cause."""
+    """Yield an error and its causes, the outermost first. contexts: whether to follow `__context__`, too."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -65,5 +64,5 @@ def causes(error: BaseException | None, contexts: bool = False) -> Iterator[Base
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its class."""
+    """Return the first line of an error, or its class name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

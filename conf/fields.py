@@ -1,4 +1,4 @@
-"""Metadata of a schema field: bounds of a number, and whether the field is a rarely used expert key."""
+"""Metadata of a schema field: bounds of a number, and whether the key is rarely used."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ class Bounds:
     slip: float = dataclasses.field(default=math.inf, compare=False)
     """A larger value is certainly a mistake. Errors name this bound only for such values."""
     what: str = ""
-    """Kind of the number, such as share or probability, if it explains the bounds."""
+    """Kind of the number, such as share, to explain the bounds."""
 
     def hold(self, value: float) -> bool:
         """Whether the value is within the bounds."""
@@ -43,7 +43,7 @@ class Bounds:
         return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
 
     def words(self) -> str:
-        """Return the bounds as text, such as `above 0 and at most 1`."""
+        """Return the bounds as text: `above 0 and at most 1`."""
         if self == Bounds(what=self.what):
             return "finite"
         if math.isfinite(self.least) and math.isfinite(self.most):
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 else:
 
     class FilledKey:
-        """Type of a key that may be null or missing in a recipe, until the loader sets it."""
+        """Type of a key that may be null in a recipe until the loader sets it."""
 
         def __class_getitem__(cls, kind: type) -> types.UnionType:
             return kind | None
@@ -77,9 +77,9 @@ def number(default: Any, **bounds: Any) -> Any:
 
 
 def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None = None, **bounds: Any) -> Any:
-    """Declare an expert field. `sluice --help` shows it, and all keys below it, only with the argument `expert`.
+    """Declare an expert field, which `sluice --help` shows only with the argument `expert`.
 
-    make: function that returns the default of a list or a section. bounds: arguments of `Bounds` for a number.
+    make: function that returns the default of a list or a section. bounds: arguments of `Bounds`.
     """
     given = {"default": default} if make is None else {"default_factory": make}
     return dataclasses.field(**given, metadata={"bounds": Bounds(**bounds), "expert": True})
@@ -88,8 +88,7 @@ def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None
 def check_fields(section: Any, prefix: str = "") -> None:
     """Raise UserError for the first value out of bounds in a section or its subsections.
 
-    Raises OmegaConf's error if a command line added (`+KEY=VALUE`) a name that is not a key. prefix: start of the
-    section's keys, such as `model.`.
+    Raises OmegaConf's error for a name that is not a key. prefix: start of the section's keys.
     """
     if added := vars(section).keys() - {field.name for field in _fields(type(section))}:
         raise ConfigKeyError(f"is no key\nfull_key: {prefix}{min(added)}")
@@ -107,7 +106,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> UserError:
-    """Return the error for a word that is not a choice. instead: fix if no choice is similar."""
+    """Return the error for a wrong word. instead: fix if no choice is similar."""
     choices = list(choices)
     close = difflib.get_close_matches(
         str(value), choices, n=1, cutoff=0.8
@@ -117,7 +116,7 @@ def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> 
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """Return the fix for a number out of bounds. A nonzero float default becomes an example."""
+    """Return the fix for a number out of bounds, with an example."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"
@@ -128,7 +127,7 @@ def _text(value: float) -> str:
 
 
 def _sections(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the sections in a value, with the prefix of their keys."""
+    """Yield the sections in a value, with their keys' prefix."""
     if dataclasses.is_dataclass(value):
         yield "", value
     elif isinstance(value, list):

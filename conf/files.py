@@ -1,7 +1,7 @@
 """Small file operations that survive a crash at any instruction.
 
 A reader sees the complete old or the complete new file. A writer fills a temporary file, calls fsync, renames it, and
-calls fsync on the folder. Only the last call makes the rename durable.
+calls fsync on the folder to make the rename durable.
 """
 
 import errno
@@ -23,15 +23,13 @@ from conf.errors import UserError
 
 NO_PLAIN_FILE = "it is a link, a pipe or a device, not a plain file"
 RUN_FILE_BYTES = 256 << 20
-"""Maximum bytes of a file in a run folder that is read into memory completely."""
+"""Maximum bytes of a run folder's file that is read completely."""
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for a link, a pipe
-    or a device.
+    """Open a plain file and return its handle. Raises OSError for a link, a pipe or a device.
 
-    A run folder may belong to another user. That user could link to a file that only this process may read, or create a
-    pipe that blocks this process for ever.
+    A run folder may belong to another user, who could link to private files or create a pipe that blocks.
     """
     try:
         handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -51,7 +49,7 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
 
 
 def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
-    """Return the content of a file in a run folder. Raises OSError, and ValueError above `most` bytes."""
+    """Return the content of a plain file. Raises OSError, and ValueError above `most` bytes."""
     with open(path, "rb", opener=open_plain) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise ValueError(f"{path} has {size} bytes; the limit is {most}")
@@ -59,7 +57,7 @@ def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
 
 
 def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
-    """Return the JSON value in a file of a run folder. Raises OSError, and ValueError if the file is not JSON."""
+    """Return the JSON value in a plain file. Raises OSError, and ValueError for other content."""
     try:
         return json.loads(read_plain(path, most))
     except RecursionError:
@@ -67,7 +65,7 @@ def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
 
 
 def fsync_folder(path: Path) -> None:
-    """Call fsync on a folder, so that created, renamed and removed files are durable."""
+    """Call fsync on a folder, so that changed names are durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -76,9 +74,9 @@ def fsync_folder(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0o666) -> None:
-    """Replace the file's content by `text` (UTF-8) in one step. After an OSError the old file is unchanged.
+    """Replace the file's content in one step. After an OSError the old file is unchanged.
 
-    durable: whether the file must survive a crash of the machine. mode: permissions of the file, before the umask.
+    durable: whether the file must survive a crash of the machine. mode: permissions before the umask.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -104,7 +102,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_tail(path: Path, most: int) -> bytes:
-    """Return the last `most` bytes, or all of a shorter file; empty if the file cannot be read."""
+    """Return the last `most` bytes of a file; empty if it cannot be read."""
     with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
@@ -112,8 +110,8 @@ def read_tail(path: Path, most: int) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, or create it, and return its handle. Only users who can write the folder may open the file,
-    because a user who can open it can block others."""
+    """Open a lock file, or create it, and return its handle. Only users who can write the folder can open the file and
+    block other users."""
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
     if found.st_uid == os.geteuid():  # also for a file that an earlier version created, which all users may open
@@ -127,8 +125,8 @@ def open_lock(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path, timeout: float) -> Iterator[None]:
-    """Context that holds the advisory lock on a file, and creates the file if it is missing. Raises TimeoutError after
-    `timeout` seconds. The kernel releases the lock when the locking process dies."""
+    """Context that holds the advisory lock on a file. Raises TimeoutError after `timeout` seconds. The kernel releases
+    the lock of a dead process."""
     handle = open_lock(path)
     try:
         deadline = time.monotonic() + timeout
@@ -142,7 +140,7 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
 
 
 def try_lock(handle: int) -> bool:
-    """Take the lock of an open file; False if another process holds it."""
+    """Lock an open file; False if another process holds the lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -151,8 +149,8 @@ def try_lock(handle: int) -> bool:
 
 
 def new_folder(given: str | None, field: str) -> Path:
-    """Return the path of the folder that a mode creates. field: setting with the path. given: its value. Raises
-    UserError for a file, or for a folder that is not empty."""
+    """Return the path `given` of a folder to create. Raises UserError for a file, or for a folder that is not empty.
+    field: setting with the path."""
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -164,8 +162,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """Context that yields a hidden temporary folder to fill. After success it is renamed to `target`; after a failure
-    it is removed. field: setting with the path `target`."""
+    """Context that yields a temporary folder, which is renamed to `target` after success. field: setting with the path
+    `target`."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -185,19 +183,17 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# The functions below read the user's JSON files. All code uses these functions, so wrong content always leads to an
-# error with a rule, and never to a traceback.
+# All code reads the user's JSON files with the functions below, so that wrong content never causes a traceback.
 
 LARGEST_FILE = 128 << 20
-"""Maximum bytes of a file. DeepSeek-V3's tensor index has 9 MB, large tokenizers 10 to 40 MB."""
+"""Maximum bytes of a file; large tokenizers have 40 MB."""
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """Return the JSON value in a file. Raises UserError if the file has no JSON value of type `kind`.
+    """Return the JSON value in a file. Raises UserError if its type is not `kind`.
 
-    The error has the given `field`, `value` (by default the path) and `cure`, the fix for wrong content. Disk errors
-    have another fix.
+    field, value, cure: content of this error. value: by default the path. A disk error has another cure.
     """
     try:
         return parse_json(read_plain_text(path), kind)
@@ -208,7 +204,7 @@ def read_json(path: Path, field: str, cure: str, kind: type = dict, value: objec
 
 
 def read_plain_text(path: Path) -> str:
-    """Return the text of a plain file. Raises ValueError with a message for the user."""
+    """Return the text of a plain file. Raises ValueError for the user."""
     try:
         if not path.is_file():
             raise ValueError("it is not a plain file" if path.exists() else "no such file")
@@ -222,8 +218,7 @@ def read_plain_text(path: Path) -> str:
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
-    """Return the JSON value in a text. Raises ValueError, with a message for the user, if the text is not JSON of type
-    `kind`."""
+    """Return the JSON value in a text. Raises ValueError for the user unless its type is `kind`."""
     try:
         body = json.loads(text)
     except RecursionError:

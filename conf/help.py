@@ -1,5 +1,4 @@
-"""Implements `sluice --help`, which shows the arguments that a command line may have. The source of this help is the
-schema, and the files in the folders of conf/.
+"""Implements `sluice --help` from the schema and the files in the folders of conf/.
 
 sluice --help                      one screen: examples, commands, and the following words
 sluice --help recipes              recipes; also modes, groups (with their options) and keys (sections)
@@ -53,7 +52,7 @@ FIRST_SCREEN = {
     ),
 }
 TABLE_WIDTH = 120
-"""Minimum columns of a terminal for a table of keys instead of a list."""
+"""Minimum width of a terminal for tables of keys."""
 
 
 @reported
@@ -77,8 +76,7 @@ def show_help(words: list[str], console: Console | None = None) -> int:
 
 
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into overrides and other words: names of sections, keys or lists. --config-dir FOLDER becomes
-    an override; other flags are ignored."""
+    """Split the arguments into overrides (also --config-dir) and other names. Other flags are ignored."""
     overrides, names, left = [], [], iter(words)
     for word in left:
         flag, _, value = word.partition("=")
@@ -105,7 +103,7 @@ def option_groups() -> list[str]:
 
 
 def option_line(path: Path) -> str:
-    """Return the first comment line of an option's file, apart from directives; empty if there is none."""
+    """Return the first comment line of an option's file that is no directive, if any."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 
@@ -121,14 +119,14 @@ def _sections() -> tuple[str, Iterable[tuple[str, str]]]:
 
 
 TOP_KEYS = "keys"
-"""The argument of `sluice --help` that lists the sections and the top-level keys."""
+"""The argument of `sluice --help` for the sections and top-level keys."""
 WORD_LISTS = {
     "modes": _modes,
     "recipes": lambda: ("Recipes (conf=)", recipe_lines().items()),
     "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
     TOP_KEYS: _sections,
 }
-"""Maps each argument that shows a list to a function for the list's title and rows."""
+"""Title and rows of the list that each argument shows."""
 
 
 def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -142,7 +140,7 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
-    """Return the help screen of a section, a subsection or a key. expert: whether to show a section's rare keys."""
+    """Return the help screen of a section or a key. expert: whether to show a section's rare keys."""
     everything = groups()
     for group in everything:
         if name == group.name:
@@ -166,8 +164,7 @@ def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterato
 
 
 def _screen(group: KeyGroup, values: DictConfig, width: int, more: str = "") -> Iterator[RenderableType]:
-    """Yield a title, the notes of the subsections, the keys, and `more`, a hint at another command. If there are
-    neither keys nor a hint, yield nothing."""
+    """Yield the title, the subsections' notes, the keys, and `more`, a hint at another command."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
@@ -197,7 +194,7 @@ def _list(group: KeyGroup, values: DictConfig) -> Iterator[RenderableType]:
 
 
 def takes(key: Key) -> str:
-    """Return the choices of a key as text, or its type if it has none."""
+    """Return the choices of a key as text, or its type."""
     words = " | ".join(key.choices) if key.choices else key.type
     words = f"list of {words}" if key.choices and key.type.startswith("list") else words
     return f"({words}{' or null' if key.nullable else ''})"

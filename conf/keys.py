@@ -1,5 +1,7 @@
-"""Lists every key of the schema with its type, choices and meaning, from the text of conf/schema.py. `sluice --help`,
-train/docs/keys.md and the JSON schema for editors are built from this list."""
+"""Lists every key of the schema with its type, choices and meaning, from the text of conf/schema.py.
+
+`sluice --help`, train/docs/keys.md and conf/recipe.schema.json use this list.
+"""
 
 import ast
 import dataclasses
@@ -21,12 +23,12 @@ from conf.schema import Config
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
 """Names of the schema's types for the user."""
 ITEM, NAME = "[]", "NAME"
-"""Placeholders in a key's path: ITEM for a list index, NAME for a name in a mapping."""
+"""Placeholders in a key's path: ITEM in a list, NAME in a mapping."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: as a user types it, such as `optim.lr`, with [] for an index."""
+    """One setting. path: as a user types it, with [] for an index."""
 
     path: str
     type: str
@@ -51,7 +53,7 @@ class KeyGroup:
     """Path of each subsection, with a note about all its keys."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return the group with only its rarely used (expert) keys, or only its other keys, and the notes on them."""
+        """Return the group with only its expert keys, or only its other keys."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -68,7 +70,7 @@ class SchemaField:
     section: type | None
     """Section class in the field's type; None if there is none."""
     mark: str
-    """Placeholder for an index or name, for a list or mapping of sections; otherwise empty."""
+    """Placeholder in the paths of a list or mapping of sections."""
     meaning: str
     expert: bool
     default: Any
@@ -107,7 +109,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """Yield the keys of a section and its subsections. expert: whether the section is rarely used."""
+    """Yield the keys of a section and its subsections. expert: whether it is rarely used."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -117,8 +119,7 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Yield the path and the note of each subsection: the docstring of its field and, at the first field of a class,
-    the class docstring."""
+    """Yield path and note of each subsection: the field's docstring and, once, the class docstring."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue
@@ -132,8 +133,8 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """Return the section class that a type contains, and the placeholder for the section's index or name in a path. The
-    placeholder is empty unless the type is a list or a mapping. A type without a section class gives None."""
+    """Return the section class in a type, or None, and its placeholder in a path: [] for a list, .NAME for a mapping,
+    else nothing."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):
         return None, ""
@@ -141,7 +142,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """Return the type without `| None`, and whether it had `| None`."""
+    """Return the type without `| None`, and whether it had this."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True
@@ -162,7 +163,7 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """Return the members of an enumeration, or of a list of them; empty for other types."""
+    """Return the members of an enumeration or list of them, if any."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -185,7 +186,7 @@ def kinds(section: type) -> dict[str, Any]:
 
 
 def type_of(key: str) -> Any:
-    """Return the type of a key, or None. A name in a mapping may be any text."""
+    """Return the type of a key, or None. Mappings accept any name."""
     kind: Any = Config
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -211,7 +212,7 @@ def docstring(cls: type) -> str:
 
 @cache
 def attribute_meanings(cls: type) -> dict[str, str]:
-    """Return the docstring under each field or enumeration member of a class, as one line."""
+    """Return the docstrings under a class's fields or members, each as one line."""
     (node,) = (each for each in _tree().body if isinstance(each, ast.ClassDef) and each.name == cls.__name__)
     found = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
@@ -230,7 +231,7 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return a key's value in a configuration as YAML, or its default for a path with a placeholder."""
+    """Return a key's value in a configuration as YAML; with a placeholder, its default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -241,7 +242,7 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """Return the default of a key as text, for configurations without its section."""
+    """Return a key's default as text, if its section is absent."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:

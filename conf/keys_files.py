@@ -1,4 +1,4 @@
-"""Generates two files from the schema: the page train/docs/keys.md, and conf/recipe.schema.json for editors.
+"""Generates train/docs/keys.md, and conf/recipe.schema.json for editors, from the schema.
 
 python -m conf.keys_files
 """
@@ -45,8 +45,7 @@ JSON_TYPES = {
     str: ["string", "number"],
     Any: ["string", "array"],
 }
-"""Maps a Python type to the JSON types that a recipe may use for it. A key of type str also accepts a number, which
-OmegaConf converts."""
+"""JSON types that a recipe may use for a Python type. OmegaConf converts numbers to text."""
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 """JSON schema of a reference such as ${optim.lr}."""
 
@@ -61,8 +60,8 @@ def keys_page() -> str:
 
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
-    """Return the section of keys.md for one group: heading, notes and table; empty for a group without keys. expert:
-    whether to list the rarely used keys or the others."""
+    """Return the section of keys.md for one group with keys, else an empty text. expert: whether the keys are rarely
+    used."""
     if not group.keys:
         return ""
     name = group.name or "At the top"
@@ -82,7 +81,7 @@ def _cell(text: str) -> str:
 
 
 def recipe_schema() -> str:
-    """Return the JSON schema of a recipe for editors, with one line per key."""
+    """Return the JSON schema of a recipe, with one line per key."""
     sections = {Config.__name__: Config}
     _collect(Config, sections)
     bodies = ",\n".join(f' "{name}": {_object(cls)}' for name, cls in sections.items())
@@ -129,7 +128,7 @@ def _value(found: Any) -> dict[str, Any]:
 
 
 def _json_value(default: Any) -> Any:
-    """Return a default as a JSON value: a name for an enumeration member, an object for a section."""
+    """Return a default as a JSON value, such as a member's name."""
     plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain["_"]

@@ -1,7 +1,7 @@
 """Composes a checked Config from a command line, with Hydra.
 
 Each folder in conf/ is a Hydra group: conf/conf contains the recipes, the others contain options. The program adds no
-other folder, because its subfolders would become groups and hide keys of the same name.
+other folder, because its groups could hide keys of the same name.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from conf.words import say_folded, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
-"""Modes that use the recipe's layout, and that print each value chosen by the program."""
+"""Modes that use the recipe's layout, and print each value chosen by the program."""
 PLANNED = "h800"
 """The hardware of mode=plan if the user names none."""
 COMPOSING = threading.Lock()
@@ -73,8 +73,7 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """Hydra's defaults list, in which later entries override earlier ones. Groups that a user types follow the recipe;
-    see `_following`."""
+    """Hydra's defaults list: later entries override earlier ones. `_following` moves typed groups after the recipe."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -86,8 +85,8 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Convert a composed node to a checked configuration. Raises UserError. said: gets a sentence about each chosen
-    value."""
+    """Convert a composed node to a checked configuration. Raises UserError. said: called with a sentence about each
+    chosen value."""
     if _takes_over(node):  # if a referenced value is a list or a mapping, OmegaConf does not check its type
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
@@ -105,19 +104,19 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another one, as in `${KEY}`. The default of data.cache does not count."""
+    """Whether a setting refers to another one, as in `${KEY}`, except data.cache's default."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
 @cache
 def _schema() -> DictConfig:
-    """Return the schema as an OmegaConf node, cached because a merge copies it."""
+    """Return the schema, cached because a merge copies it."""
     return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Set the keys that the recipe leaves null. Yield a sentence for each choice that the user should know."""
+    """Set the keys that the recipe leaves null. Yield a sentence about each choice for the user."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
         if why:
@@ -149,7 +148,8 @@ def _choose(config: Config) -> Iterator[str]:
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
     """Return the optimizer, and the reason for an unusual choice.
 
-    An existing run keeps its optimizer. A new run takes the optimizer of its weights' pretraining, if this is known.
+    Adapters use AdamW. An existing run keeps its optimizer. A new run takes its weights' pretraining optimizer, if
+    known.
     """
     own = Path(config.runs, config.name, "config.yaml")
     if config.adapter.on:
@@ -166,8 +166,8 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:
-    """Return the rule that decides which documents are held out: the rule of the existing run, or of the run that
-    resume or init_from names. With another rule, the validation would use documents of the training."""
+    """Return data.hold_out_by of the existing run, or of the run that resume or init_from names. Another rule would
+    validate on training documents."""
     folders = [Path(config.runs, config.name)]
     for given in (config.resume, config.init_from):
         folder = Path(given or "").expanduser()
@@ -184,19 +184,19 @@ def _setting_of(run: Path, key: str) -> Any:
 
 
 def read_config(path: str) -> Config:
-    """Return the configuration of a run folder. Raises UserError if the file calls a function."""
+    """Return the configuration of a run folder. Raises UserError for function calls."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write all resolved settings, so that a rank needs no Hydra. The file is replaced atomically."""
+    """Write all resolved settings atomically, so that a rank needs no Hydra."""
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
 def compose(*overrides: str) -> Config:
-    """Return the checked configuration for these arguments. Raises UserError if they are invalid."""
+    """Return the checked configuration for these arguments. Raises UserError."""
     overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
         return to_config(_composed(overrides))
@@ -214,7 +214,7 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf to UserError. words: the arguments given to Hydra."""
+    """Context that converts errors of Hydra and OmegaConf about `words` to UserError."""
     check_words(words)
     try:
         yield
@@ -229,6 +229,7 @@ def _reworded(word: str) -> str:
 
     - `name=[a,b]`, several runs for mode=report, becomes text.
     - `optim=muon` becomes optim.name=muon, because the options of group optim are schedules.
+    - `conf=NAME.yaml` becomes conf=NAME.
     """
     key, _, value = word.partition("=")
     if key == "conf" and "/" not in value:
@@ -239,7 +240,7 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Wrap Hydra's composition: typed groups override the recipe, also in sweeps and --cfg."""
+    """Wrap Hydra's composition: typed groups override the recipe."""
 
     @wraps(load)
     def load_typed(
@@ -258,14 +259,14 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
-    """Clear the recipe's keys that would disable a typed key. For example, `epochs` disables `steps`. Raises UserError
-    if the user typed both keys."""
+    """Clear the recipe's keys that would disable a typed key, as `epochs` disables `steps`. Raises UserError if both
+    are typed."""
     settings = {
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
     }  # if a key is typed twice, the last value is used
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
-    # If the user types a key inside a dictionary such as data.source, the dictionary counts as typed. `data` is a
-    # group: if he types a key inside it, `data` does not count as typed.
+    # A typed key inside a dictionary such as data.source counts as the typed dictionary. A typed key inside the group
+    # `data` does not count as `data`.
     inside = [key for key in given if "." in key]
     typed = [
         name
@@ -284,7 +285,7 @@ class RecipeFiles(FileConfigSource):
     """Hydra's reader of recipe files, which drops removed keys."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file. Raises UserError if a removed key does not have its last default."""
+        """Read a file. Raises UserError for a removed key with another value."""
         found = super().load_config(config_path)
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
@@ -297,7 +298,7 @@ class RecipeFiles(FileConfigSource):
 
 @cache
 def register() -> None:
-    """Register once per process the schema and `${is_set:${KEY}}`, which is true unless the key is null."""
+    """Register the schema and `${is_set:${KEY}}` (true unless the key is null) once per process."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
     for key in (*OWN_CODE, "data.template_keys"):
@@ -313,10 +314,10 @@ def register() -> None:
 
 
 def run(job: Callable[[list[Config]], int]) -> int:
-    """Compose and check the configuration of the command line in sys.argv, then call `job` and return its exit code.
-    With -m, `job` gets one configuration per combination. All configurations are checked before `job` is called."""
+    """Compose and check the configuration in sys.argv, and return the exit code of `job`. With -m, `job` gets one
+    configuration per combination."""
     words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
-    # With this variable, Hydra raises errors instead of printing them, so all errors have the same form.
+    # With this variable, Hydra raises errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         settings = settings_in(words)  # Hydra accepts no flags between settings
@@ -346,14 +347,13 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """Return the settings of one run. words: arguments without flags. Hydra's own entry point would compose twice."""
+    """Return the settings of one run, composed once; Hydra's entry point composes twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
 
 
 def _composed_by_hydra() -> list[DictConfig]:
-    """Return the settings of every job of the command in sys.argv. The result is empty if the command asks for output
-    of Hydra, which Hydra then prints."""
+    """Return the settings of every job in sys.argv; empty if Hydra only prints output."""
     register()
     nodes: list[DictConfig] = []
 

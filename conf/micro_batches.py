@@ -1,8 +1,7 @@
 """Splits the sequences of a step into micro-batches: the automatic micro-batch size, and the rules.
 
-Every data-parallel rank splits its batch_size / dp sequences into micro-batches of the same size. Ranks of an expert
-group, and ranks that share a sequence, run their micro-batches in lockstep. With parallel.uneven, some expert groups
-have one micro-batch more than others.
+Every data-parallel rank splits its batch_size / dp sequences into equal micro-batches. Ranks that share experts or a
+sequence run micro-batches in lockstep. With parallel.uneven, some expert groups have one micro-batch more.
 """
 
 import math
@@ -15,7 +14,7 @@ MICRO_BATCH_TOKENS = 4096
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """Return all batch sizes of the run, in sequences, including the ramp."""
+    """Return all batch sizes of the run, in sequences."""
     start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
     return [*range(start, config.batch_size, step), config.batch_size]
 
@@ -26,8 +25,7 @@ def in_lockstep(parallel: Parallel) -> int:
 
 
 def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
-    """Return the index of a data-parallel rank's first sequence, and the number of its sequences, in a step of `batch`
-    sequences."""
+    """Return first index and number of a data-parallel rank's sequences in a step of `batch` sequences."""
     size, together = config.micro_batch_size, in_lockstep(config.parallel)
     group, index = divmod(dp_rank, together)
     each, more = divmod(batch // (size * together), config.parallel.dp // together)
@@ -37,12 +35,12 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return the number of micro-batches of rank 0 in a full batch, the largest of all ranks."""
+    """Return rank 0's number of micro-batches in a full batch, the largest."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Return all numbers of micro-batches of a rank in a step, over the whole ramp."""
+    """Return all numbers of micro-batches of a rank, over the ramp."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
@@ -57,8 +55,8 @@ def batch_unit(config: Config) -> int:
 def choose_micro_batch_size(config: Config) -> int:
     """Return the largest valid micro-batch size; 1 if no size is valid.
 
-    A valid size divides a rank's share of every batch size. With it, a forward pass has at most MICRO_BATCH_TOKENS
-    tokens, and the pipeline schedule has enough micro-batches.
+    A valid size divides a rank's share of every batch size, keeps a forward pass within MICRO_BATCH_TOKENS, and gives
+    the schedule enough micro-batches.
     """
     batches, parallel = batch_sizes(config), config.parallel
     whole = math.gcd(*batches)
@@ -71,10 +69,8 @@ def choose_micro_batch_size(config: Config) -> int:
 
 
 def check_batch(config: Config) -> None:
-    """Raise UserError unless every data-parallel rank has the same integer number of micro-batches.
-
-    With parallel.uneven, only the ranks of an expert group need equal numbers. The error proposes valid values.
-    """
+    """Raise UserError unless all data-parallel ranks (parallel.uneven: all ranks of an expert group) have equally many
+    micro-batches."""
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:
         return

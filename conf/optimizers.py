@@ -1,8 +1,7 @@
-"""The optimizers: their state for each weight, and their memory and memory traffic. Imports no torch.
+"""The optimizers: state per weight, memory and memory traffic. Imports no torch.
 
-Other code asks this table, and never compares the name of an optimizer or of its state. A new optimizer needs an entry
-in three tables: here, in train/optim/optimizer_classes.py (the update), and in train/prove/updates.py (the reference
-update of mode=prove).
+Other code reads this table, and never compares names. A new optimizer needs an entry here, its update in
+train/optim/optimizer_classes.py, and the reference update in train/prove/updates.py.
 """
 
 import re
@@ -11,21 +10,21 @@ from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.(router|indexer)\.")
 ADAMW, MUON = "adamw", "muon"
-"""Names of optimizers. A checkpoint without such a name was trained with ADAMW."""
+"""Names of optimizers. Old checkpoints without such a name used ADAMW."""
 
 UPDATE_BYTES = 16
-"""Bytes that an update moves per weight element: read gradient and weight, write the weight, read it to round it."""
+"""Bytes that an update moves per weight element: it reads gradient and weight, writes the weight, and reads it to round
+it."""
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How one group of weights is updated: state besides fp32 master weights, formula, weight decay."""
+    """State besides fp32 master weights, formula and weight decay of one group of weights."""
 
     name: str
     """Name of the parameter group that this rule updates."""
     state: tuple[str, ...]
-    """State tensors, with the weight's shape and the dtype of precision.moments. A checkpoint names them
-    STATE.WEIGHT."""
+    """State tensors in the weight's shape, named STATE.WEIGHT in a checkpoint."""
     decays: bool = True
     formula: str = ADAMW
     """Name of the update formula. mode=prove checks this formula."""
@@ -56,18 +55,18 @@ class OptimizerFacts:
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
-        """Return the rule of a weight. weight: global name. dims: number of dimensions."""
+        """Return the rule of a weight by global name and dimensions."""
         if dims < 2:
             return self.vectors
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Return the largest state per weight element of all rules, in bytes."""
+        """Return the largest bytes of state per weight element."""
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:
-        """Return an upper bound of the bytes that an update moves per weight element. moment_bytes: bytes of a state
-        element. element: bytes of a rounded weight element."""
+        """Return an upper bound of the bytes that an update moves per weight element. moment_bytes, element: bytes of a
+        state element, and of a rounded weight."""
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
 
@@ -100,13 +99,12 @@ PRETRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Moonlight", MUON, {"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}),
     ("DeepSeek-V3", ADAMW, {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}),
 )
-"""Models whose optimizer is published: name, optimizer, and the entries of config.json that identify the model.
-Fine-tuning works best with the optimizer of the pretraining (Moonlight, arXiv 2502.16982, section 3.5; Kimi K2, arXiv
-2507.20534, section 3.1)."""
+"""Models with a published optimizer: name, optimizer, and identifying entries of config.json. Fine-tuning works best
+with the pretraining's optimizer (arXiv 2502.16982, section 3.5; arXiv 2507.20534, section 3.1)."""
 
 
 def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the model's and the optimizer's name for a known config.json, or None."""
+    """Return model and optimizer of a known config.json, or None."""
     return next(
         ((model, name) for model, name, its in PRETRAINED if its.items() <= config_json.items()),
         None,
@@ -114,5 +112,5 @@ def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def written_by(meta: dict[str, Any]) -> str:
-    """Return the optimizer that wrote a checkpoint. meta: metadata of the checkpoint's manifest."""
+    """Return the optimizer that wrote a checkpoint with this metadata."""
     return meta.get("config", {}).get("optim", {}).get("name") or ADAMW

@@ -1,7 +1,6 @@
 """User code, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with arguments as further keys.
 
-A class is called with these arguments only. A function gets more arguments from its caller. Python searches its module
-path first, then the folder of the command. Code is imported only when it is needed.
+A function gets more arguments from its caller. Python searches its module path first, then the folder of the command.
 """
 
 import difflib
@@ -25,16 +24,16 @@ TARGET = "_target_"
 CodeSection = Mapping[str, Any]
 """A recipe's section for user code: import path and arguments."""
 OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
-"""The keys that accept user code. The last one accepts a list."""
+"""The keys that accept user code; callbacks accepts a list."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "data.template_function": (Mode.evaluate, Mode.generate),
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
-"""Modes that take user code from a run's config.yaml, by key. The user must permit it."""
+"""Modes that take user code from a run's config.yaml, with the user's permission."""
 _FILES: dict[str, str] = {}
-"""By path of an imported file of user code: the key that named the file."""
+"""Maps an imported file of user code to the key that named it."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:
@@ -53,7 +52,7 @@ def targets_of(config: Config) -> dict[str, str]:
 
 
 def check_targets(config: Config) -> None:
-    """Raise UserError for a section without an import path. Imports no user code."""
+    """Raise UserError for a section without import path. Imports nothing."""
     for key, section in sections_of(config).items():
         target = section.get(TARGET)
         if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
@@ -62,12 +61,12 @@ def check_targets(config: Config) -> None:
 
 
 def is_findable(target: str, folder: str) -> bool:
-    """Whether this node has the package of an import path. folder: the command's working directory."""
+    """Whether this node has an import path's package. folder: working directory of the command."""
     return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
 
 
 def import_target(key: str, section: CodeSection) -> Any:
-    """Return the class or function that the section names. Raises UserError if the import fails."""
+    """Return the class or function that the section names. Raises UserError."""
     target: str = section[TARGET]
     module_name, _, name = target.rpartition(".")
     if (folder := os.getcwd()) not in sys.path:
@@ -96,7 +95,7 @@ def _searched(folder: str) -> str:
 
 
 def make(key: str, section: CodeSection) -> Any:
-    """Return an object of the section's class, or the section's function with bound arguments. Raises UserError."""
+    """Return an object of the section's class, or its function with bound arguments. Raises UserError."""
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
@@ -110,7 +109,7 @@ def make(key: str, section: CodeSection) -> Any:
 
 
 def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
-    """Return the section's class, a subclass of `base`, with bound arguments. If there is no section, return `base`."""
+    """Return the section's subclass of `base` with bound arguments; without a section, `base`."""
     if not section:
         return base
     found = import_target(key, section)
@@ -121,7 +120,7 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """Raise UserError unless `called` accepts `count` positional arguments. what: describes them in the error."""
+    """Raise UserError unless `called` accepts `count` positional arguments. what: text about them."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:
@@ -139,8 +138,7 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Context that converts an exception of user code to a UserError with file and line. Code uses it before a run
-    starts."""
+    """Context that converts exceptions of user code to UserError, before a run starts."""
     try:
         yield
     except UserError:
@@ -160,7 +158,7 @@ def _raised_at(error: Exception) -> str:
 
 
 def named_by(frames: traceback.StackSummary) -> str | None:
-    """Return the place of an error in user code, with the code's key, or None."""
+    """Return the place of an error in user code, or None."""
     frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
     return (
         frame

@@ -1,7 +1,7 @@
-"""The pipeline schedules: what they need from the layout, and what they cost. Imports no torch.
+"""The pipeline schedules: their needs and their costs. Imports no torch.
 
-Other code asks this table for the properties of a schedule, and never compares names. A new schedule needs an entry
-here and in parallel/pipeline/orders.py, which has the order of actions.
+Other code reads this table, and never compares names. A new schedule needs an entry here, and its order of actions in
+parallel/pipeline/orders.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class ActionSeconds:
-    """Seconds of the actions of one stage, if all stages are equal."""
+    """Seconds of the actions of one stage; all stages are equal."""
 
     forward: float
     inputs: float
     """Seconds of I, the gradients of inputs in a backward."""
     weights: float
-    """Seconds of W, the gradients of weights in a backward. A complete backward takes I + W."""
+    """Seconds of W, the gradients of weights in a backward."""
     pair: float
     """Seconds of FB, an overlapped forward and backward of two micro-batches."""
 
@@ -29,23 +29,20 @@ class ScheduleFacts:
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]
-    """Returns the idle seconds of a rank in one step, divided by pp - 1. The formula assumes equal stages, transfers
-    that take no time, and enough micro-batches."""
+    """Returns a rank's idle seconds in a step, divided by pp - 1, for equal stages and instant transfers."""
     stages: int | None = 1
     """Number of stages of every rank. None: parallel.virtual_stages."""
     folds: bool = False
-    """True: the stages form a V, and rank 0 has the first and the last stage. A weight in both stages then needs no
-    communication. False: rank r has the stages r, r + pp, r + 2 pp and so on."""
+    """True: the stages form a V, and rank 0 has the first and the last stage. False: rank r has the stages r, r + pp, r
+    + 2 pp and so on."""
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
     """Whether micro-batches run in rounds of about pp. The number of rounds must divide the number of micro-batches."""
     splits: bool = False
-    """Whether a backward is split into I (gradients of inputs) and W (gradients of weights). Without a split, a rank is
-    idle while the stages before it run their first forward and their last backward."""
+    """Whether a backward is split into I (gradients of inputs) and W (gradients of weights)."""
     pairs: bool = False
-    """Whether the schedule pairs the forward and the backward of two micro-batches. parallel.overlap runs both
-    together."""
+    """Whether the schedule pairs a forward with another micro-batch's backward (parallel.overlap)."""
     in_parts: str | None = None
     """Schedule with the same order and more stages per rank, or None."""
 
@@ -60,7 +57,7 @@ class ScheduleFacts:
         return [[*range(r, pp * self.rank_stages(virtual), pp)] for r in range(pp)]
 
     def find_broken_rule(self, pp: int, micro_batches: int) -> str | None:
-        """Return why pp ranks cannot run this number of micro-batches per step, or None."""
+        """Return why pp ranks cannot run this number of micro-batches, or None."""
         least, rounds = max(1, self.least * pp), max(1, micro_batches // pp)
         if micro_batches < least:
             return f"{self.name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
@@ -69,31 +66,29 @@ class ScheduleFacts:
         return None
 
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
-        """Return the idle seconds of a rank in one step, by a closed formula. Tests compare the result with the
-        simulation in parallel/pipeline/simulate.py."""
+        """Return a rank's idle seconds in one step. Tests compare it with parallel/pipeline/simulate.py."""
         return (pp - 1) * self.idle_per_hop(seconds)
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, for any number of stages per rank. `seconds` has the times of one
-    stage."""
+    """Return a rank's idle seconds / (pp - 1), for any number of stages."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
 def _inputs(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, if F <= I <= 2 W.
+    """Return a rank's idle seconds / (pp - 1), if F <= I <= 2 W.
 
-    The result is never 0, although the paper's title says zero bubble. In the paper, some ranks start a step before
-    others end the previous step. In Sluice, all ranks run the optimizer between two steps.
+    The paper (zero bubble) reaches 0 with ranks that start a step before others end the previous step. In Sluice, all
+    ranks run the optimizer between two steps.
     """
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1); see `ActionSeconds`. The result is
-    wrong for the last rank, which has one FB pair that does not overlap.
+    """Return a rank's idle seconds / (pp - 1), if I <= F pp / (pp - 1); see `ActionSeconds`. It is wrong for the last
+    rank, which has one FB pair that does not overlap.
 
-    If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
+    If F = I, it equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """
     return seconds.pair + seconds.forward - 2 * seconds.weights
 
@@ -113,10 +108,8 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError if the schedule cannot run with this number of ranks, micro-batches, layers and stages.
-
-    micro_batches: number per step and data-parallel rank, batch_size / (micro_batch_size x dp).
-    """
+    """Raise UserError if the schedule cannot run with these numbers. micro_batches: number per step and data-parallel
+    rank."""
     schedule, plain = SCHEDULES[name], SCHEDULES[PLAIN_SCHEDULE]
     each = schedule.rank_stages(virtual)
     stages = pp * each
@@ -148,7 +141,7 @@ def _given(name: str, virtual: int) -> str:
 
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError unless `lengths` is a valid number of layers for every stage."""
+    """Raise UserError unless `lengths` has a valid number of layers per stage."""
     stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(

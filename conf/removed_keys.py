@@ -1,4 +1,4 @@
-"""A table of keys of earlier versions. It says how to treat these keys in recipes, run folders and checkpoints.
+"""Keys of earlier versions, and how the program treats them in recipes, run folders and checkpoints.
 
 - A removed key with the value that this version always uses is dropped silently.
 - A removed key with another value is an error with a fix.
@@ -16,16 +16,16 @@ class RemovedKey:
     """Properties of a key that is no longer in the schema."""
 
     default: Any
-    """The value that this version always uses, the key's last default. `${KEY}` is another key's value."""
+    """The value that this version always uses; `${KEY}` is another key's value."""
     version: str
     """The first version of Sluice without the key."""
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether other values change results, and not only speed, memory, metrics or plans."""
+    """Whether other values change results, not only speed, memory or metrics."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
-        """Return the error for this value of the key. place: file with the key; empty for a command line."""
+        """Return the error for this value. place: file with the key, or empty."""
         rule = f"was removed in {self.version}; its value is now always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
@@ -46,7 +46,7 @@ OPERANDS = {
     }.items()
     for operand, value in operands.items()
 }
-"""Maps each removed precision.fp8 key of one operand to the key that now sets this operand's format."""
+"""Maps each removed precision.fp8 key to the key that now sets its format."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEAVE_OUT),
     **{
@@ -103,26 +103,25 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""The removed keys. A new one also needs a line in the last table of version 0.2.0 in CHANGELOG.md."""
+"""The removed keys. Each also has a line in a table of CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
-"""Maps a key and its old value to the new value with the same results. Only settings that a run wrote are converted."""
+"""Maps a key and its old value to a new value with the same results, in settings that a run wrote."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
-    """Remove the keys of earlier versions from nested settings. Returns whether anything was removed or converted.
+    """Remove the keys of earlier versions from nested settings. Returns whether anything changed.
 
-    place: the file with the settings, for the error. package: section of the settings, such as `precision.fp8`; empty
-    for a complete configuration. by_run: whether a run wrote the settings, and not a person. Raises UserError for a
-    removed key with another value than its last default. Keys that never changed results are exempt if a run wrote
-    them.
+    Raises UserError for a removed key with another value than its last default. If a run wrote the settings (`by_run`),
+    keys that never changed results are exempt. place: file with the settings. package: path of `settings`, such as
+    `precision.fp8`; empty for a complete configuration.
     """
     return _drop(settings, settings, place, package, package, by_run)
 
 
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
-    """Drop the removed keys of one section and of its subsections. Returns whether anything changed.
+    """Drop the removed keys of one section and its subsections. Returns whether anything changed.
 
-    section: the settings in `package`. settings: those in `top`, which contains `package`.
+    package: path of `section`. top: path of `settings`, which contain the section.
     """
     dropped = False
     for name, value in list(section.items()):
@@ -146,8 +145,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """Return the value to which a default such as `${KEY}` refers. settings: the settings of `package`. Without KEY in
-    the settings, or for a plain default, return the default itself."""
+    """Return the value in `settings` to which a default such as `${KEY}` refers, else the default itself. package: path
+    of `settings`."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

@@ -3,11 +3,10 @@
     python -m train mode=evaluate name=mine data.path=OTHER
 
 Settings such as model, precision, seq_len and tokenizer come from the run's config.yaml. The command line overrides
-them. The layout (parallel, cluster) comes only from the command line. If the user types conf=RECIPE, or if the run does
-not exist, the composed configuration is used unchanged.
+them, and alone sets the layout (parallel, cluster). If the user types conf=RECIPE, or if there is no run, the composed
+configuration is used unchanged.
 
-The run may belong to another user. Its config.yaml may read data of this machine (conf/yaml_file.py) or name code to
-run (conf/own_code.py) only with trust=true.
+A config.yaml may read data of this machine (conf/yaml_file.py) or name code (conf/own_code.py) only with trust=true.
 """
 
 from collections.abc import Sequence
@@ -23,16 +22,14 @@ from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
-"""Fields of section data that locate the documents. They exclude each other. If a user types one of them, all are taken
-from the command line."""
+"""Fields of data that locate the documents. If one is typed, all come from the command line."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
-    """Return the settings of the existing run, overridden by the command line. If the mode reads no run, or if there is
-    no run, return `node` unchanged.
+    """Return the settings of the existing run, overridden by the command line. If there is no run to read, return
+    `node` unchanged.
 
-    node: the composed configuration. overrides: arguments of the command line, KEY=VALUE each. groups: names of Hydra's
-    groups.
+    node: composed configuration. overrides: KEY=VALUE arguments. groups: names of Hydra's groups.
     """
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     if node.mode not in LOOKS_AT_A_RUN or "conf" in keys:
@@ -77,8 +74,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Return the folders in which to search the run's config.yaml: the run's folder or, if the command names a
-    checkpoint, its folder and the two folders above it."""
+    """Return the folders that may contain the run's config.yaml: the run folder, or a named checkpoint with the two
+    folders above it."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

@@ -1,7 +1,7 @@
 """The typed schema of a run. It has one dataclass per group; the docstring under a field gives its meaning and unit.
 
 Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) set the fields. conf/check.py has the rules over several
-fields. No code changes a configuration after it is loaded.
+fields. A loaded configuration does not change.
 """
 
 from dataclasses import dataclass, field, replace
@@ -626,7 +626,7 @@ class Precision:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one element of an activation, and of a weight in the format in which the model computes."""
+        """Bytes of an activation element, and of a weight element in the compute format."""
         return 4 if self.name == "fp32" else 2
 
     @property

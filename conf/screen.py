@@ -8,7 +8,7 @@ from conf.words import harmless
 
 
 class Terminal(Console):
-    """A console that shows text literally: [red], :smile: and escape sequences become visible text."""
+    """A console that shows markup such as [red], and escape sequences, literally."""
 
     def __init__(self, **settings: Any):
         """settings: arguments of rich's Console."""

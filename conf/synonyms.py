@@ -1,8 +1,7 @@
-"""Tables of words for a command line: names of keys and values in other programs, keys that only some modes read, and
-keys that exclude each other.
+"""Words of a command line: names of keys and values in other programs, keys that only some modes read, and keys that
+exclude each other.
 
-conf/command_line.py uses these tables to name the key that the user meant. A word needs an entry if it resembles no key
-of Sluice, or a wrong key.
+A word of another program needs an entry only if it resembles no key of Sluice, or a wrong key.
 """
 
 from conf.schema import Mode
@@ -83,7 +82,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""Maps a word that a user may type (a key or its last part) to the intended key."""
+"""Maps a word that a user may type to the intended key."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
@@ -98,7 +97,7 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""The intended value and its effect, by key and typed value in lower case."""
+"""The intended value and its effect, by key and lower-case value."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 NO_TENSORBOARD = "there is no TensorBoard: open report.html in the run folder, or use W&B (log.wandb)"
@@ -132,8 +131,7 @@ CURES = {
     "tp": NO_TENSOR_PARALLELISM,
     "train_on_inputs": "write data.supervise=all for chats",
 }
-"""Maps a word that a user may type to a fix, if no single key is meant. The word is a key, its last part, a value, or
-an argument without `=`."""
+"""Maps a typed key, last part of a key, value or single word to a fix, if no single key is meant."""
 
 COMMANDS = ("doctor", "runs", "launch", "why", "top")
 """Commands that may follow `sluice` instead of settings; train/__main__.py runs them."""
@@ -153,7 +151,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }
-"""The modes that read a key or section. Other modes refuse it."""
+"""The modes that read a section. Other modes refuse it."""
 
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
@@ -167,5 +165,4 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""Maps a key to the keys that make it ineffective while they have a value. If a user types the key, the recipe's values
-of the other keys are cleared."""
+"""Maps a key to the keys that disable it. If it is typed, the recipe's values of these keys are cleared."""

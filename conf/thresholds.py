@@ -1,8 +1,7 @@
-"""Sizes above which code takes another path, such as a second block, bucket, page or part. All packages use this table.
+"""Sizes above which code takes another path, such as a second block, bucket, page or part.
 
-The sizes affect only speed, not results. mode=prove lowers them in some runs, so that small tensors take both paths.
-tests/test_thresholds.py refuses a comparison with a constant in other files. Sizes that are keys of the schema
-(`model.loss_chunk`) are not in the table.
+The sizes affect only speed, not results. mode=prove lowers them so that small tensors take both paths.
+tests/test_thresholds.py refuses such constants in other files.
 """
 
 from collections.abc import Iterator
@@ -12,52 +11,45 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Thresholds:
-    """Sizes above which code takes another path. Code reads them at each use."""
+    """Sizes above which code takes another path, read at each use."""
 
     attention_queries: int = 128
-    """Number of queries in one block of attention. If there are fewer than four blocks, blocks have half as many
-    queries. Smaller blocks compute fewer unused scores above the diagonal."""
+    """Number of queries in one block of attention, halved if there are fewer than four blocks."""
     attention_scores: int = 1 << 20
-    """Number of attention scores that a CPU computes at a time (4 MiB in fp32). It limits how many heads run together,
-    so that the scores stay in the cache."""
+    """Attention scores that a CPU computes at a time (4 MiB in fp32)."""
     gathered_elements: int = 1 << 26
-    """Number of gathered elements, or their gradients, that a GPU holds at a time (256 MB in fp32)."""
+    """Gathered elements, or gradients, that a GPU holds at a time (256 MB)."""
     gate_and_up: int = 1 << 18
-    """Number of elements of [gate | up], the output of the gate and up projections, that are processed at a time. Their
-    fp32 copies fit into a CPU's cache."""
+    """Elements of gate and up projections processed at a time. Their fp32 copies fit into a CPU's cache."""
     fp8_gate_and_up: int = 1 << 19
-    """Number of elements of [gate | up] of FP8 experts that are processed at a time."""
+    """Elements of FP8 experts' gate and up projections processed at a time."""
     logits: int = 1 << 18
-    """Number of logits that a CPU processes at a time (1 MiB in fp32)."""
+    """Logits that a CPU processes at a time (1 MiB in fp32)."""
     matmul_tiles: int = 400
-    """Minimum number of 128x128 tiles of an FP8 grouped GEMM for which a GPU program computes two adjacent tiles. Two
-    tiles take an estimated 1.6 times as long as one. With fewer tiles, some of the 132 multiprocessors would be
-    idle."""
+    """Minimum number of 128x128 tiles of an FP8 grouped GEMM for which a GPU program computes two adjacent tiles. With
+    fewer tiles, some of the 132 multiprocessors would be idle."""
     expert_rows: int = 32
-    """The number of rows of an expert is padded to a multiple of this number. 16 needs more kernels, and 64 needs more
-    padding; the speed is the same."""
+    """An expert's rows are padded to a multiple of this number. 16 needs more kernels, 64 more padding."""
     stays_bytes: int = 1 << 10
     """Storages of at most this number of bytes are not offloaded."""
     adamw_elements: int = 1 << 18
-    """Number of elements that an update processes at a time if moments are bf16. Their fp32 copies stay in the
-    cache."""
+    """Elements that an update with bf16 moments processes at a time. Their fp32 copies stay in the cache."""
     muon_elements: int = 1 << 24
     """Maximum elements of matrices that a rank orthogonalises together. A larger matrix is processed alone."""
     norm_row: int = 4096
-    """A gradient's norm is computed in rows of this length: sums of squares are fp32 within rows, fp64 over rows."""
+    """Row length for the norm of a gradient: sums of squares are fp32 within rows, fp64 over rows."""
     base_elements: int = 1 << 26
-    """Maximum number of elements that are quantised together when a frozen base is stored in FP8 blocks (256 MB in
-    fp32). A larger matrix is quantised alone."""
+    """Maximum elements of a frozen base quantised together (256 MB in fp32). A larger matrix is quantised alone."""
     compared_elements: int = 1 << 24
-    """Number of weight elements compared at a time with their values before an update (64 MB on the device)."""
+    """Weight elements compared at a time with their values before an update."""
     bucket_elements: int = 50_000_000
     """Maximum number of gradient elements that are reduced together."""
     host_page_bytes: int = 1 << 16
-    """Page size in bytes of the host store for offloaded activations, on a CPU."""
+    """Page size in bytes of a CPU's host store for offloaded activations."""
     gpu_page_bytes: int = 1 << 23
-    """Page size in bytes of the host store on a GPU. The copy takes longer than its launch."""
+    """Page size in bytes of a GPU's host store for offloaded activations."""
     staging_bytes: int = 1 << 28
-    """Bytes of a checkpoint's staging buffer: a power of two, to which page-locked allocations are rounded up."""
+    """Bytes of a checkpoint's staging buffer, a power of two for page-locked memory."""
 
 
 THRESHOLDS = Thresholds()
@@ -81,13 +73,13 @@ LOWERED = Thresholds(
     gpu_page_bytes=1 << 12,
     staging_bytes=1 << 12,
 )
-"""The sizes that mode=prove uses: smaller than most tensors of the miniature model, and mostly not divisors of their
+"""Thresholds of mode=prove: smaller than most tensors of its miniature model, and mostly no divisors of the tensors'
 sizes."""
 
 
 @contextmanager
 def lowered() -> Iterator[None]:
-    """Context with the LOWERED sizes in this process. Existing objects keep the sizes that they read."""
+    """Context with the LOWERED sizes. Existing objects keep the sizes that they read."""
     before = {entry.name: getattr(THRESHOLDS, entry.name) for entry in fields(Thresholds)}
     try:
         vars(THRESHOLDS).update(vars(LOWERED))

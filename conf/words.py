@@ -1,8 +1,8 @@
 """Sanitises displayed text. Some of it comes from untrusted files: keys of JSONL, file names, fields of a config.json.
 
-An escape sequence could clear the screen or send input to the shell. An override of the writing direction could
-disguise a command, and a line end could forge a log line. All output goes through `say`, or through a console of
-conf/screen.py. Text that becomes part of a sentence goes through `sentence`; errors call `sentence` themselves.
+An escape sequence could send input to the shell, an override of the writing direction could disguise a command, and a
+line end could forge a log line. All output goes through `say`, or through a console of conf/screen.py. Text inside a
+sentence goes through `sentence`; errors call it themselves.
 """
 
 import re
@@ -15,15 +15,15 @@ from typing import TextIO
 
 
 def harmless(text: str) -> str:
-    """Return the text with visible escapes for invisible characters except tabs and line ends."""
+    """Return the text with visible escapes for invisible characters."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _shown(c) for c in text)
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """Sanitise untrusted text for a message. A line end remains only if the next line begins with `indent` spaces or
-    more, so that the text cannot forge a line."""
+    """Sanitise untrusted text for a message. Line ends remain only before `indent` spaces or more, so that no line is
+    forged."""
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 
@@ -64,8 +64,8 @@ def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
 
 
 def folded(text: str, columns: int | None, indent: int) -> str:
-    """Return the text with line ends between words, but not inside backticks or single quotes. If columns is None, the
-    text is unchanged. indent: spaces before continuation lines."""
+    """Fold the text to `columns`, if given, but not inside backticks or quotes. indent: spaces before continuation
+    lines."""
     if columns is None:
         return text
     style = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}

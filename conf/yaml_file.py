@@ -1,7 +1,7 @@
-"""Reads a YAML file. If the file cannot be read, the error gives the reason in one sentence.
+"""Reads a YAML file, or gives the reason in one sentence.
 
-A run folder may belong to another user, so its file is read only as data. A reference such as ${model.layers} is
-allowed. A resolver such as ${oc.env:HOME} is refused, because it can read data of this machine.
+The file may have another author. It may contain references such as ${model.layers}. Resolvers such as ${oc.env:HOME}
+can read data of this machine, so they need trust.
 """
 
 import re
@@ -21,13 +21,13 @@ from conf.errors import UserError
 from conf.removed_keys import drop_removed_keys
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
-"""Exceptions of a settings file with wrong content. ValueError means invalid UTF-8 or an impossible date."""
+"""Exceptions for wrong content. ValueError: invalid UTF-8 or an impossible date."""
 
 
 def read_yaml(path: Path, trust: bool = False) -> DictConfig:
-    """Return the settings in a file, such as a run's config.yaml, also of an earlier version (conf/removed_keys.py).
+    """Return the settings in a file, also of an earlier version (conf/removed_keys.py).
 
-    Raises UserError if the file cannot be read, or if it contains a resolver and `trust` is false.
+    Raises UserError for an unreadable file, or for a resolver if `trust` is false.
     """
     try:
         found = OmegaConf.load(path)
@@ -46,7 +46,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the key and the text of each resolver in nested mappings and lists."""
+    """Yield key and text of each resolver in nested values."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _calls(inner, f"{key}.{name}" if key else str(name))
@@ -65,7 +65,7 @@ def _holds_resolver(tree: Any) -> bool:
 
 
 def escaped(value: Any) -> Any:
-    """Return resolved values with OmegaConf's special characters escaped, so that ${ is plain text."""
+    """Return resolved values in which OmegaConf reads ${ as plain text."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -76,7 +76,7 @@ def escaped(value: Any) -> Any:
 
 
 def yaml_error(error: Exception, path: Path | None = None) -> UserError:
-    """Return a UserError for an exception of UNREADABLE. path: the file, unless the error names it."""
+    """Return a UserError for an exception of UNREADABLE. path: file, unless the error names it."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""

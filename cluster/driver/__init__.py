@@ -1,1 +1,1 @@
-"""The driver: the only process that starts, watches and restarts a run on many nodes."""
+"""The driver: the process that starts, watches and restarts a run on many nodes."""

@@ -1,4 +1,4 @@
-"""One attempt of a run: last reports of the ranks, progress, and failure."""
+"""One attempt of a run: reports of the ranks, progress, and failure."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,32 +12,32 @@ from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
 NAMED_NODES = 8
-"""Maximum number of lost nodes that a cause names. events.jsonl has a line for each lost node."""
+"""Maximum number of lost nodes that a cause names."""
 
 
 class Attempt(RankWatch):
-    """The state of one attempt. The supervisor decides what to do about it."""
+    """The state of one attempt, about which the supervisor decides."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory, when the attempt starts."""
+        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
-        """Why the attempt lost a node, by node id. The node may have returned since then."""
+        """Why the attempt lost a node, by id; the node may have returned."""
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.rings: dict[int, bytes] = {}
-        """For each rank, its packed communication ring (cluster/comm_ring.py); empty if it has none."""
+        """Packed communication ring of each rank, or empty (cluster/comm_ring.py)."""
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self.stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
     @property
     def reachable(self) -> tuple[str, ...]:
-        """Nodes of the attempt that have ranks and were not lost. For a single node, call `reaches`."""
+        """Nodes with ranks that were not lost. For one node, call `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
 
     def reaches(self, node: str) -> bool:
@@ -53,9 +53,8 @@ class Attempt(RankWatch):
         return bool(self.lost or self.cause or self._bad)
 
     def count_repeated(self, reached: int) -> int:
-        """Return the number of steps that this attempt repeats. Call it after the first step of the attempt.
-
-        reached: highest step that the run had worked on before this attempt.
+        """Return the number of steps that this attempt repeats; call it after the first step. reached: highest step
+        before this attempt.
         """
         assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
@@ -68,7 +67,7 @@ class Attempt(RankWatch):
         super().take(now, reports)
 
     def look_again(self, hang_since: float | None) -> None:
-        """Clear the stacks and rings, so that the driver can collect new ones.
+        """Clear the stacks and rings, so that the driver collects new ones.
 
         hang_since: time of the last progress if the ranks hang; None if a rank failed.
         """
@@ -76,7 +75,7 @@ class Attempt(RankWatch):
         self.stacks, self.rings, self.incident = {}, {}, None
 
     def is_settled(self, now: float, until: float) -> bool:
-        """Whether the driver has waited long enough for failure reports, stacks and communication rings."""
+        """Whether the wait for failure reports, stacks and rings is over."""
         reports = self.live_reports
         if now >= until or any(report.said == EXIT_USER for report in reports):
             return True
@@ -91,7 +90,7 @@ class Attempt(RankWatch):
         }
 
     def judge(self, now: float) -> Cause:
-        """Return the first failure, judged from all reports. Stores the details in `incident`."""
+        """Return the first failure of all reports. Stores details in `incident`."""
         found = name_cause(self.live_reports, self.names)
         if found is not None and found.kind is Kind.user:
             return found

@@ -1,4 +1,4 @@
-"""Reads the ages of a run's checkpoints for the driver, and chooses the next attempt number."""
+"""Reads the ages of a run's checkpoints, and chooses the next attempt number."""
 
 import functools
 import json
@@ -10,13 +10,12 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 
 
 def newest(folder: Path) -> Age:
-    """Return the age (attempt and step) of the newest committed checkpoint, or NONE."""
+    """Return the age of the newest committed checkpoint, or NONE."""
     return max(_ages(folder), default=NONE)
 
 
 def claim_attempt(folder: Path, timeout: float) -> int:
-    """Return an attempt number (1 or more) above all earlier attempt numbers. From now on, earlier attempts cannot
-    write checkpoints.
+    """Return a new attempt number. Earlier attempts can no longer write checkpoints.
 
     Raises UserError if the fence is damaged, or if a rank locks the folder for longer than `timeout` seconds.
     """
@@ -37,7 +36,7 @@ def written_since(folder: Path, attempt: int) -> bool:
 
 
 def _ages(folder: Path) -> list[Age]:
-    """Return the ages of all checkpoints with a readable manifest. No rank resumes from a checkpoint without one."""
+    """Return the ages of all checkpoints with a readable manifest."""
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:
@@ -52,9 +51,7 @@ def _ages(folder: Path) -> list[Age]:
 
 @functools.lru_cache(maxsize=1024)
 def _attempt_of(path: Path, inode: int, written: int) -> int | None:
-    """Return the attempt that wrote a manifest, or None if the file is not a manifest. The result is cached, because
-    the driver checks manifests every second.
-    """
+    """Return the attempt that wrote a manifest, or None for another file."""
     try:
         return int(json.loads(path.read_bytes())["attempt"])
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -40,20 +40,20 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Shelves:
-    """Everything that the ranks of one attempt know about the in-memory copies."""
+    """What the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """The nodes that store copies; nodes with ranks come first, in placement order. The second copy of a node's parts
-    is on the next node with ranks. After the last of these nodes, the first follows.
+    """The nodes that store copies, nodes with ranks first. The next node with ranks (after the last, the first) stores
+    the second copy of a node's parts.
     """
     resume: str | None
-    """Name of the newest complete set of copies; None if there is none."""
+    """Name of the newest complete set of copies, or None."""
     holders: list[list[int]]
     """For every rank that wrote the set of copies `resume`: the nodes that hold this rank's part, as indexes in
     `nodes`.
     """
     full_size: bool
-    """Whether the attempt runs the full layout. If so, the attempt's copies must fit into memory."""
+    """Whether the attempt runs the full layout, whose copies must fit into memory."""
 
     @staticmethod
     def read(path: Path) -> "Shelves":
@@ -65,7 +65,7 @@ class Shelves:
         return next(index for index, node in enumerate(self.nodes) if rank in node.ranks)
 
     def next(self, index: int) -> int | None:
-        """Return the index of the node that stores the second copy of node `index`; None if no other node has ranks."""
+        """Return the index of the node that stores node `index`'s second copy, or None."""
         count = sum(bool(node.ranks) for node in self.nodes)
         return (index + 1) % count if count > 1 else None
 
@@ -82,12 +82,12 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """Ranks whose parts a node holds, by node id and then by name of the set of copies."""
+        """Ranks whose parts a node holds, by node id and set name."""
 
     @cached_property
     def _id(self) -> str:
-        """Random id of the run, stored in the run folder. Because it is random, no other process can create the memory
-        folder first.
+        """Random id of the run, stored in the run folder. No other process can guess it and create the memory folder
+        first.
         """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
@@ -117,7 +117,7 @@ class Copies:
         self._held.pop(node, None)
 
     def newest(self, nodes: Iterable[str]) -> SetId | None:
-        """Return the newest set of copies that is complete on these nodes together; None if there is none."""
+        """Return the newest set of copies that is complete on these nodes, or None."""
         ranks: dict[str, set[int]] = {}
         for node in nodes:
             for name, held in self._held.get(node, {}).items():
@@ -128,7 +128,7 @@ class Copies:
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
         """Return the locations of all copies for the ranks of an attempt.
 
-        nodes: all nodes that answer, by id. auto: whether the attempt may resume from copies of an earlier launch.
+        nodes: all nodes that answer, by id. auto: whether the attempt may resume from an earlier launch's copies.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
@@ -158,7 +158,7 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """Return the locations of all copies and the token of the stores. None if the run keeps no copies in memory.
+    """Return the locations of all copies and the stores' token, or None without copies.
 
     Call only once: it removes the token from the environment.
     """

@@ -1,4 +1,4 @@
-"""Writes the final report of a run that cannot continue: what failed and where, its log lines, and what to do."""
+"""Writes the final report of a run that cannot continue: failure, place, log lines, and advice."""
 
 from cluster.cause import Cause, Kind
 from cluster.driver.policy import Policy
@@ -54,9 +54,7 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Return the final report if a run started Ray on this machine and this Ray has ended. No other node can replace
-    the machine.
-    """
+    """Return the final report of a run whose own Ray has ended."""
     before = f"\n  earlier: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and it cannot be replaced by another node{before}\n  newest checkpoint: {_step(saved)}\n"

@@ -1,4 +1,4 @@
-"""The driver's loop: it queries the agents, passes events to the supervisor and carries out its decisions."""
+"""The driver's loop: it queries the agents, and carries out the supervisor's decisions."""
 
 import contextlib
 import dataclasses
@@ -42,30 +42,27 @@ from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
-"""Seconds after which an agent without news answers the driver. The driver then asks again at once."""
+"""Minimum seconds that an agent waits for news before it answers; maximum for rank 0's agent."""
 ANSWERS = 150
-"""Maximum answers per second from all agents together. The more agents there are, the longer each agent waits for news.
-"""
+"""Maximum answers per second from all agents together. With more agents, each waits longer for news."""
 LONGEST_PATIENCE = 30.0
-"""Maximum seconds that an agent waits for news if its node answers by UDP (the pulse); otherwise half a heartbeat."""
+"""Maximum seconds that an agent waits for news; without UDP answers, half a heartbeat."""
 TICK_EVERY = 0.05
-"""Minimum seconds between two ticks. At a tick, the supervisor makes decisions."""
+"""Minimum seconds between two ticks, at which the supervisor decides."""
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until the driver checks a node again that was refused because its copy folder is locked."""
+"""Seconds until a node with a locked copy folder is checked again."""
 REFUSED_SECONDS = 10.0
-"""Seconds until the driver checks a node again that was refused for another reason, such as its clock or a full disk.
-"""
+"""Seconds until a refused node is checked again."""
 
 
 class Driver:
     """Runs one launch of a run on a fleet of nodes.
 
-    arguments: command line of a rank, after the interpreter. The last argument, a configuration file, is replaced
-        by a file with the attempt's layout
+    arguments: command line of a rank, after the interpreter. A file with the attempt's layout replaces the last
+        argument, a configuration file
     rank_folder: working folder of the ranks; None if Ray copies the code to the nodes
-    gpus: whether the devices are GPUs
     planner: command that writes layouts.json (cluster/driver/shapes.py). The driver appends cpu or cuda to it, and
         starts it when the run has begun to train
     """
@@ -98,39 +95,37 @@ class Driver:
         self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
-        """All listed nodes, by id. The supervisor knows only the listed nodes that passed the checks."""
+        """All listed nodes, by id, also those that failed the checks."""
         self._overdue: dict[str, float] = {}
-        """For each node: deadline for its agent's answer. After the deadline, UDP answers do not count as a sign of
-        life.
-        """
+        """Deadline for the answer of each node's agent. After it, UDP answers are no sign of life."""
         self._ask_later: set[str] = set()
-        """Nodes that are not asked for news before the next check of the node list."""
+        """Nodes that are not asked before the next check of all nodes."""
         self._released: set[str] = set()
-        """Draining nodes whose agents the driver has ended. Nothing of the run is left there."""
+        """Draining nodes whose agents the driver has ended."""
         self._probed_from = 0
-        """Number of the newest UDP question when the supervisor asked for a probe. Only answers to later questions
-        count.
+        """Number of the newest UDP question at the supervisor's request for a probe. Answers to earlier questions do
+        not count.
         """
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._test_ports: dict[str, int] = {}
-        """Port on which each node listens for the network test before the first attempt."""
+        """Port of each node for the network test before the first attempt."""
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
-        """For each refused node, by id: the time at which the driver checks it again."""
+        """Time of the next check of each refused node, by id."""
         self._without_folder: set[str] = set()
         """Nodes that have no folder for copies."""
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._logged: set[int] = set()
-        """Ranks of the current attempt whose logs contain the full text of the failure."""
+        """Ranks of the current attempt with the full failure in their logs."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
 
     def run(self) -> m.FinishRun:
-        """Run the loop until the run ends. Returns the exit code and the reason."""
+        """Run the loop until the run ends. Returns exit code and reason."""
         self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
         try:
             with handled(self._signalled, signal.SIGTERM, signal.SIGINT), self.view:
@@ -173,9 +168,7 @@ class Driver:
         self._rank_table.update(self.supervisor, self._ticked)
 
     def _feel_pulse(self) -> None:
-        """Ask nodes by UDP whether they are alive. The node's agent answers, so a node with a stuck agent does not
-        answer.
-        """
+        """Ask nodes by UDP whether they are alive. The agents answer, so a stuck agent is noticed."""
         now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging
         # Take the answers to the last questions before the driver asks new questions.
@@ -187,9 +180,7 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Return the time of a clock that stops while the driver process is held up. All code for UDP questions uses
-        this clock.
-        """
+        """Return the time for UDP questions, by a clock that stops while the driver is held up."""
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -243,7 +234,7 @@ class Driver:
         self._ask_later.clear()
 
     def _forget(self, id: str) -> Node:
-        """Remove a node from all records and return it. The node's agent has ended or is about to end."""
+        """Remove a node, whose agent has ended or will end, from all records. Returns the node."""
         self.copies.forget(id)
         self.pulse.forget(id)
         self._overdue.pop(id, None)
@@ -254,7 +245,7 @@ class Driver:
         self._tell(m.CopyHeld(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
-        """Ask an agent for its news. Only one such question per agent is pending."""
+        """Ask an agent for its news, unless such a question is pending."""
         now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
         longest = NEWS_SECONDS if 0 in ranks else LONGEST_PATIENCE if self.pulse.hears(id, now) else heartbeat / 2
         # At the start of an attempt, the driver asks all agents at the same time. The random factor spreads their
@@ -268,7 +259,7 @@ class Driver:
         return self.supervisor.attempt.ranks_of.get(id, []) if self.supervisor.attempt else []
 
     def _offsets_on(self, id: str) -> dict[int, int]:
-        """Return, for each rank of a node, the number of output bytes that the driver has."""
+        """Return the number of output bytes that the driver has, by rank."""
         return {rank: self._offsets[rank] for rank in self._ranks_on(id) if rank in self._offsets}
 
     def _take(self, reply: Reply) -> None:
@@ -348,7 +339,7 @@ class Driver:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Exclude a node until a later check passes, and report the problem once. again: seconds until the next check."""
+        """Exclude a node until a later check passes, and report the problem once. again: seconds until the check."""
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)
@@ -382,16 +373,14 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write the full text of each failure to the log of the failed rank. The rank itself printed only a part of
-        this text.
-        """
+        """Write the full text of each failure to the rank's log. The rank printed a part of it."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
             self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
-        """Report the nodes that do not answer by UDP, if they are enough to slow the driver down."""
+        """Report the nodes without UDP answers, if they slow the driver down."""
         nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
@@ -402,7 +391,7 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes on which other processes have a higher priority than the ranks and the agent."""
+        """Name the nodes on which other processes have priority over the ranks."""
         # A Ray that this run started has the priority of this process. On a Ray cluster, a submitted job has the
         # priority that Ray gives to all its workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):
@@ -420,9 +409,7 @@ class Driver:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve processes for later ranks on these nodes. Call this after the current ranks have started, so
-        that they are not delayed.
-        """
+        """Start reserve processes for later ranks on these nodes, after the current ranks."""
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())
@@ -525,7 +512,7 @@ class Driver:
             call_agent(self.fleet, id, Agent.start, order)
 
     def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
-        """Return environment variables for ranks that keep copies in memory; empty if the run keeps none."""
+        """Return environment variables for ranks with copies in memory, else none."""
         if not self.config.checkpoint.every_memory:
             return {}
         full_size, auto = placement.shape == self.shapes.own, self.config.resume == "auto"
@@ -533,7 +520,7 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies in memory if the run ended without a failure and a checkpoint on disk is at least as new."""
+        """Drop the copies in memory if the run did not fail and the checkpoint on disk is as new."""
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:
@@ -541,8 +528,8 @@ class Driver:
                 call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
-        """Write an attempt's configuration file, with its layout. If this launch has written a checkpoint, the file
-        sets resume=auto.
+        """Write an attempt's configuration file, with its layout, and with resume=auto if this launch has written a
+        checkpoint.
         """
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):
@@ -565,8 +552,8 @@ class Driver:
         waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
             call_agent(self.fleet, id, Agent.last_words, self._offsets_on(id), attempt.number)
-        # The loop ends after 20 polls in a row without an answer, which take 2 s. With a limit of 2 s on the clock
-        # instead, a process that is held up would lose the answers that arrive meanwhile.
+        # The loop ends after 20 polls in a row without an answer, some 2 s. With a time limit, a process that is held
+        # up would lose the answers that arrive meanwhile.
         while waiting and quiet < 20:
             replies = self.fleet.replies(0.1)
             quiet += not replies

@@ -1,7 +1,4 @@
-"""The interface between a driver and the agents of the nodes. Calls never block; answers are collected as they arrive.
-
-Implemented by cluster/driver/ray_backend.py, and by tests.
-"""
+"""The interface between a driver and the agents of the nodes. Calls never block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from cluster.topology import Node
 Arguments = ParamSpec("Arguments")
 
 WAITING = (Agent.ask.__name__, Agent.network.__name__)
-"""Methods of `Agent` that may block. All other methods return at once."""
+"""Methods of `Agent` that may block; the others return at once."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +21,17 @@ class Reply:
     method: str
     value: Any = None
     error: str | None = None
-    """The method's exception as text, or text that says how the agent died. None if the method returned."""
+    """The method's exception or the agent's end as text; else None."""
     dead: bool = False
-    """Whether the agent has died. The next call starts a new agent."""
+    """Whether the agent has died. The next call starts another."""
 
     def is_of(self, method: Callable) -> bool:
-        """Whether this is the outcome of a call to `method` of `Agent`."""
+        """Whether this is the outcome of a call to this method."""
         return self.method == method.__name__
 
 
 class FleetLost(RuntimeError):
-    """The list of nodes is no longer available. Already connected agents may still answer."""
+    """The node list is no longer available. Connected agents may still answer."""
 
 
 class Fleet(Protocol):
@@ -47,22 +44,19 @@ class Fleet(Protocol):
         """Return the nodes that will be removed soon, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """Return what a user must do to bring back a node that is listed as dead. Empty if no node can come back."""
+        """Return what a user must do to bring back a dead node, if it can come back."""
 
     def release(self, node: str) -> None:
-        """End the agent of a draining node, so that the node can be removed."""
+        """End the agent of a draining node."""
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
         """Call the method `method` of the node's `Agent`; see `call_agent`. The first call starts the agent.
 
-        Each method in WAITING has its own group of calls; all other methods form one group. Calls of one group run one
-        after another.
+        Calls run one after another, in a queue for each method in WAITING and a queue for the others.
         """
 
     def replies(self, timeout: float) -> list[Reply]:
-        """Return the outcomes since the previous call of `replies`. If there are none, wait up to `timeout` seconds for
-        one.
-        """
+        """Return the new outcomes. If there are none, wait up to `timeout` seconds for one."""
 
     def close(self) -> None:
         """End all agents. The agents end their ranks."""
@@ -75,9 +69,6 @@ def call_agent(
     *arguments: Arguments.args,
     **named: Arguments.kwargs,
 ) -> None:
-    """Call a method of a node's agent, with positional arguments only.
-
-    method: attribute of the class, such as `Agent.facts`.
-    """
+    """Call a method of a node's agent with positional arguments. method: such as `Agent.facts`."""
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

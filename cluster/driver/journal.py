@@ -1,6 +1,6 @@
 """Writes the history of a run, runs/NAME/events.jsonl, and collects the output of the ranks.
 
-A line of events.jsonl is one JSON object, written by one call. Later launches append to the file.
+A line of events.jsonl is one JSON object. Later launches append to the file.
 
     time      Unix time in seconds, from a clock that nobody can set while the driver runs
     kind      kind of the event; see EVENT_KINDS
@@ -68,7 +68,7 @@ EVENT_KINDS = {
 class Journal:
     """Appends to events.jsonl and logs/rank_N.log. If the disk refuses data, events wait in memory and output is lost.
 
-    note: function that is called with a sentence when the disk first refuses data.
+    note: called with a sentence at the first such error.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):
@@ -78,7 +78,7 @@ class Journal:
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if read_tail(self._path, 1) not in (b"", b"\n"):
-            # Ends an incomplete line, which a crash of an earlier launch may have left.
+            # Ends an incomplete line of an earlier launch that crashed.
             self._try(self._append, self._path, b"\n")
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
@@ -113,7 +113,7 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return all events in order; empty if there is no file. Incomplete lines and lines of other writers are skipped."""
+    """Return all events in order; empty without a file. Incomplete and other lines are skipped."""
     path = folder / EVENTS_FILE
     events = []
     for line in read_plain(path).splitlines() if path.exists() else []:
@@ -140,20 +140,18 @@ def _is_event(found: Any) -> bool:
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between writes of ranks.json, for up to SLOWER_FROM ranks. For more ranks, the interval is proportional to
-their number.
-"""
+"""Seconds between writes of ranks.json; above SLOWER_FROM ranks, proportional to their number."""
 
 
 class RankTable:
-    """Writes ranks.json at intervals. If the disk refuses the file, the run continues without it."""
+    """Writes ranks.json at intervals, if the disk accepts it."""
 
     def __init__(self, folder: Path):
         self._path, self._clock = folder / RANKS_FILE, SteadyClock()
         self._due, self._phase = 0.0, DriverPhase.gathering
 
     def update(self, supervisor: "Supervisor", now: float) -> None:
-        """Write the file if the interval is over or the run's phase has changed. now: monotonic time in seconds."""
+        """Write the file after the interval or at a new phase. now: monotonic seconds."""
         attempt = supervisor.attempt
         if attempt is None or (now < self._due and supervisor.phase is self._phase):
             return

@@ -1,4 +1,4 @@
-"""The messages of the supervisor. Events are its inputs; actions are its outputs."""
+"""The messages of the supervisor: events (inputs) and actions (outputs)."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -34,11 +34,11 @@ class NodeState:
     live: set[int] = field(default_factory=set)
     """Ranks that run on the node, according to the last news."""
     draining: bool = False
-    """Whether the node will be removed soon. If so, it gets no further ranks."""
+    """Whether the node will be removed soon and gets no ranks."""
 
     @property
     def usable(self) -> bool:
-        """Whether the next attempt may use this node, as soon as no rank of an earlier attempt is alive on it."""
+        """Whether the next attempt may use this node, once earlier ranks have ended."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -47,14 +47,14 @@ class NodeState:
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A listed node has passed the checks. Its agent answers, and no rank of this run is on it."""
+    """A listed node has passed the checks. Its agent answers; it has no ranks."""
 
     node: Node
 
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node is dead. If `returning` is true, only the node's agent is dead, and the node can return."""
+    """A node is dead. If `returning`, only its agent is dead, and the node can return."""
 
     node: str
     why: str
@@ -65,7 +65,7 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt of the agent's ranks (0 if it has no ranks), and the reports of these ranks."""
+    """An agent's answer: the attempt of its ranks (0 without ranks), and their reports."""
 
     node: str
     attempt: int
@@ -102,14 +102,14 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A new checkpoint on disk is complete. `age` is the age of the newest checkpoint on disk."""
+    """A new checkpoint on disk is complete. age: age of the newest checkpoint."""
 
     age: Age
 
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """The newest in-memory copy of the state that is complete on reachable nodes; `age` is NONE if there is none."""
+    """The newest in-memory copy that is complete on reachable nodes. age: NONE without a copy."""
 
     age: Age
 
@@ -165,7 +165,7 @@ class StartAttempt:
 
 @dataclass(frozen=True)
 class EndRanks:
-    """Kill the ranks of this attempt and of older attempts on these nodes."""
+    """Kill the ranks of this and older attempts on these nodes."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -173,9 +173,8 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class StopRanks:
-    """Ask the ranks to write a checkpoint and to exit with code 75.
-
-    in_memory: whether a copy in memory is enough. why: reason, as text for the user.
+    """Ask the ranks to write a checkpoint and to exit with code 75. in_memory: whether a copy in memory is enough. why:
+    reason for the user.
     """
 
     attempt: int
@@ -191,7 +190,7 @@ class ProbeLinks:
 
 @dataclass(frozen=True)
 class CollectStacks:
-    """Ask the ranks of these nodes for their stacks. native: whether to include native threads."""
+    """Ask these nodes' ranks for their stacks. native: whether to include native threads."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -210,7 +209,7 @@ class Note:
 
 @dataclass(frozen=True)
 class KeepIncident:
-    """Write the incident to disk in the format of cluster/incident.py, and show its screen."""
+    """Write the incident to disk (cluster/incident.py), and show its screen."""
 
     attempt: int
     incident: dict
@@ -218,7 +217,7 @@ class KeepIncident:
 
 @dataclass(frozen=True)
 class PassIncident:
-    """Record in the newest incident that the ranks continued after `seconds` of silence."""
+    """Record in the newest incident that the ranks continued."""
 
     seconds: float
 

@@ -1,10 +1,9 @@
 """Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
-Each node has one partner per round. At most 63 rounds are run. With thousands of nodes, fewer rounds are run, but at
-least 7. So not all pairs of a large cluster are tested. The nodes run the rounds without the driver
-(cluster/node/network_probe.py).
+Each node has one partner per round. At most 63 rounds are run; with thousands of nodes fewer, but at least 7. The nodes
+run the rounds without the driver (cluster/node/network_probe.py).
 
-A test is a short transfer over a plain socket. It finds bad cables and wrong interfaces; it is not a benchmark.
+A short transfer over a plain socket finds bad cables and wrong interfaces; it is not a benchmark.
 """
 
 import statistics
@@ -24,11 +23,11 @@ SLOW_FACTOR = 3.0
 ROUNDS = 63
 LEAST_ROUNDS = 7
 PAIRS = 16384
-"""Maximum number of tested pairs. It reduces the number of rounds below ROUNDS, but not below LEAST_ROUNDS."""
+"""Maximum number of tested pairs, unless LEAST_ROUNDS rounds have more pairs."""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs by the circle method. Each node has at most one partner per round."""
+    """Return rounds of pairs by the circle method. A node has one partner per round."""
     players = list(range(count + count % 2))
     found = []
     for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):
@@ -43,7 +42,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 class LinkVerdict:
     text: str
     slow: list[tuple[str, str, float, float]]
-    """Pairs of nodes that are much slower than the median pair, as (from, to, Gbit/s, ms)."""
+    """Pairs much slower than the median, as (from, to, Gbit/s, ms)."""
     unreachable: list[str]
     """One sentence for every pair that cannot connect."""
     pairs: int
@@ -53,7 +52,7 @@ class LinkVerdict:
 class NetworkTest:
     """Makes the nodes of a fleet run the network test, and collects the results.
 
-    Call `advance` often, and `take` with every reply of an agent. ports: listening port by node id.
+    Call `advance` often, and `take` with every reply of an agent. ports: port of each node.
     """
 
     def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
@@ -82,7 +81,7 @@ class NetworkTest:
                 self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
-        """Return the verdict if all results have arrived or the time limit is over, else None."""
+        """Return the verdict when all results have arrived or the time is over."""
         if self._partners and now < self._deadline:
             return None
         for id, partners in self._partners.items():

@@ -1,4 +1,4 @@
-"""What a run requires of its nodes, and the driver's time limits."""
+"""What a run requires of its nodes, and time limits."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from conf.schema import Config
 
 @dataclass(frozen=True)
 class Policy:
-    """What a run requires of its nodes, and time limits in seconds."""
+    """What a run requires of its nodes, and limits in seconds."""
 
     shapes: Shapes
     """The run's layout, and the smaller layouts that it may use."""
@@ -18,28 +18,28 @@ class Policy:
     heartbeat: float = 5.0
     """Time without an answer after which a node counts as lost."""
     kill_after: float | None = None
-    """Minimum time without progress before the driver ends the ranks. If None, `Patience` chooses it."""
+    """Minimum time without progress before the ranks are ended; None: see `Patience`."""
     hang_after: float = 300.0
     """Maximum time without progress within a step."""
     start_timeout: float = 600.0
-    """Maximum time without progress before the first step, in a checkpoint or in a validation."""
+    """Maximum time without progress before the first step or outside of steps."""
     timeout: float = 600.0
-    """Time limit of a collective, of a save without progress, and of the checkpoint when ranks are asked to stop."""
+    """Time limit of a collective, of a save without progress, and of the checkpoint after a stop request."""
     restarts: int = 3
-    """Number of failures of one kind that are allowed before the next checkpoint."""
+    """Allowed number of failures of one kind before the next checkpoint."""
     straggler_factor: float = 1.2
-    """The driver names a rank as slow if its work time per step stays at least this many times its peers' median."""
+    """A rank is slow if its work time per step stays at least this many times its peers' median."""
     saves: bool = True
-    """Whether the run writes checkpoints at intervals. If not, the run restarts at once when nodes return."""
+    """Whether the run writes checkpoints at intervals. If not, it restarts at once when nodes return."""
     copies: bool = False
-    """Whether ranks keep copies of the state in memory. If so, the run can restart from a copy when nodes return."""
+    """Whether ranks keep copies in memory, from which the run can restart when nodes return."""
     calls: float = 500.0
-    """Minimum number of agent calls and answers that the driver handles per second."""
+    """Minimum number of calls and answers that the driver handles per second."""
     probe: float = 4.0
     settle: float = 1.5
-    """Seconds to wait for the reports of other ranks after the first failure."""
+    """Seconds to wait for other ranks' reports after the first failure."""
     stacks: float = 5.0
-    """Seconds to wait for the stacks of hung ranks; a busy machine may delay them. Stopped ranks are not awaited."""
+    """Seconds to wait for the stacks of hung, but not stopped ranks."""
     kill: float = 10.0
     """Seconds to wait for ranks to disappear after SIGKILL."""
     return_wait: float = 6.0

@@ -1,6 +1,6 @@
 """The driver's part of the pulse: it asks every node by UDP whether it is alive (cluster/node/pulse_echo.py).
 
-The driver also asks every node through Ray, but less often if the node answers by UDP.
+If a node answers, the driver asks it less often through Ray.
 """
 
 import collections
@@ -13,15 +13,14 @@ from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_dat
 QUESTION_TRIES = 5
 """Minimum number of questions to a node during one heartbeat."""
 OFTEN = 1.0
-"""Maximum seconds between two questions to a node. A probe (cluster/driver/policy.py) takes several times as long."""
+"""Maximum seconds between questions to a node; a probe takes several times as long."""
 QUESTIONS_AT_ONCE = 200
-"""Maximum number of questions sent at once. All answers must fit into the socket's buffer."""
+"""Maximum number of questions sent at once, because the socket's buffer must hold all answers."""
 
 
 class Pulse:
-    """Sends questions to the nodes and collects their answers. Call `ask` and `answers` often.
-
-    heartbeat: number of seconds for which an answer shows that the node is alive.
+    """Sends questions to the nodes and collects their answers; call `ask` and `answers` often. heartbeat: seconds for
+    which an answer shows that the node is alive.
     """
 
     def __init__(self, heartbeat: float):
@@ -31,19 +30,16 @@ class Pulse:
         """Sockets by the local address to which each is bound."""
         self._places: dict[str, tuple[socket.socket, tuple[str, int]]] = {}
         self._turn: collections.deque[str] = collections.deque()
-        """Nodes in the order of their next questions."""
+        """Nodes in the order in which the driver asks them next."""
         self._asked: dict[str, int] = {}
-        """For each node that has not answered its newest question: the number of this question."""
+        """Number of each node's newest question that it has not answered."""
         self._heard: dict[str, float] = {}
         self.number = 0
-        """Number of the newest question. All nodes' questions share one sequence of numbers."""
+        """Number of the newest question, counted over all nodes."""
         self._last = 0.0
 
     def know(self, node: str, place: tuple[str, int] | None) -> None:
-        """Start to ask this node.
-
-        place: address of the node, as in cluster/node/pulse_echo.py; None if the node does not answer by UDP.
-        """
+        """Start to ask this node. place: address as in cluster/node/pulse_echo.py; None without UDP answers."""
         if place is None:
             return
         if node not in self._places:
@@ -72,8 +68,8 @@ class Pulse:
         return now - self._heard.get(node, -self._heartbeat) < self._heartbeat
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
-        """Ask the nodes whose question is due and for which `wanted` returns True. The question also confirms that the
-        node belongs to the run.
+        """Ask the nodes whose question is due and for which `wanted` is true. The question confirms that the node
+        belongs to the run.
         """
         due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
@@ -92,13 +88,11 @@ class Pulse:
                     continue
 
     def hurry(self) -> None:
-        """Let the next call of `ask` send a question to all nodes, but to at most QUESTIONS_AT_ONCE."""
+        """Make all nodes due for the next `ask`, which sends at most QUESTIONS_AT_ONCE questions."""
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield (node, question number) for each node whose answer to its newest question arrived after the previous
-        call of `answers`.
-        """
+        """Yield (node, question number) for each answer to a newest question."""
         for way in self._sockets.values():
             while True:
                 try:

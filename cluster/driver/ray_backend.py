@@ -1,8 +1,8 @@
 """The Ray backend: connects to a Ray cluster or starts Ray on this machine, and runs an agent on each node as a Ray
 actor.
 
-Only this file imports ray, and only when a run asks for Ray. Ray transports the calls to agents and lists the nodes;
-Sluice does the rest. Each agent is pinned to its node by id. It reserves all devices of the node against other jobs.
+Only this file imports ray. Ray transports the calls to agents and lists the nodes; Sluice does the rest. Each agent is
+pinned to its node, and reserves all its devices against other jobs.
 """
 
 import collections
@@ -37,27 +37,25 @@ from conf.schema import ROOT, Config
 from conf.words import say
 
 OBJECT_STORE = 100 << 20
-"""Size of Ray's object store in bytes. Sluice sends no tensor through Ray."""
+"""Bytes of Ray's object store. Sluice sends no tensor through Ray."""
 CONNECT_LIMIT = 5
 """Maximum seconds to connect to cluster.address."""
 CONNECT_TRIES = "8"
-"""Maximum number of tries, one per second, to connect to a reachable head. Ray's default is 20."""
+"""Maximum number of tries to connect to a reachable head, one per second."""
 HEAD_START = "60"
-"""Maximum seconds for the start of this run's own head. Ray's default of 30 s can be too short on a busy machine."""
+"""Maximum seconds for the start of this run's own head, above Ray's default of 30."""
 HEAD_LIMIT = 1
 """Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3
-"""Time limit in seconds for agents to clean up after the run. Then the driver kills them."""
+"""Seconds in which agents may clean up before they are killed."""
 CALLS_AT_ONCE = 32
-"""Maximum calls and answers in one round of the loop; a round takes some 20 ms. After each round, the driver checks
-the clock and the UDP questions.
+"""Maximum calls and answers in one round of the loop (20 ms). After each round, the driver checks the clock and the UDP
+questions.
 """
 CALLS_WHEN_SILENT = 20
-"""Calls per round if MOST_OUT calls are pending and no answer arrives."""
+"""Calls per round if MOST_OUT calls are pending without an answer."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait in the driver. Thousands of pending calls would slow down every
-call.
-"""
+"""Maximum number of pending calls, because thousands would slow down every call."""
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
@@ -66,8 +64,7 @@ SHIPPED = ["conf", "train", "parallel", "cluster"]
 def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
     """Run all ranks on Ray. Returns the exit code of the run.
 
-    command: command that starts one rank; its last argument is the configuration file. planner: see
-    cluster/driver/driver.py.
+    command: command of one rank, with the configuration file last. planner: see cluster/driver/driver.py.
     """
     assert command[0] == sys.executable, "agents start their own interpreter"
     folder = folder.absolute()
@@ -101,10 +98,10 @@ class RayAbsent(UserError):
 
 
 class RayFleet:
-    """The agents of all nodes as Ray actors, by Ray's node id."""
+    """The agents of all nodes as Ray actors, by node id."""
 
     _raylet: int | None = None
-    """Process id of the raylet (Ray's process on this machine) if this run started Ray; otherwise None."""
+    """Process id of this run's own raylet (Ray's process), or None."""
 
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
@@ -113,13 +110,11 @@ class RayFleet:
         self._ray = ray
         self._config = config
         self._folder: PrivateFolder | None = None
-        """Folder of the Ray that this run started; None if it started none."""
+        """Folder of this run's own Ray, or None."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that ends this run's Ray and removes Ray's folder when the driver is killed. None if the run started
-        no Ray.
-        """
+        """Process that cleans up this run's own Ray when the driver is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray must copy the program to the nodes. For a submitted Ray job, Ray has already copied it."""
+        """Whether Ray must copy the program to the nodes; a submitted job has it."""
         if config.cluster.address is None:
             self._start_embedded()
         else:
@@ -138,20 +133,16 @@ class RayFleet:
         self._out = 0
         """Number of pending calls; calls of WAITING methods do not count."""
         self._look: Future | None = None
-        """Pending question to Ray's head, asked at `_look_began`; None if there is none."""
+        """Pending question to Ray's head, asked at `_look_began`, or None."""
         self._look_began = 0.0
         self._leaving: dict[str, str] = {}
         self._taken = 0
         """Number of answers that the driver took in the last round."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls, as (node, method, outcome). A thread of Ray adds each call, so the driver does not
-        poll the pending calls.
-        """
+        """Finished calls from a thread of Ray: (node, method, outcome)."""
 
     def _start_embedded(self) -> None:
-        """Start Ray on this machine, in at most two tries. Ray waits only 30 s for its processes, and a busy machine is
-        slower.
-        """
+        """Start Ray on this machine, in at most two tries, because a busy machine may exceed Ray's time limit."""
         try:
             self._try_embedded()
         except Exception as error:  # Ray raises many kinds of exception
@@ -242,7 +233,7 @@ class RayFleet:
 
     def _head_answers(self) -> bool:
         """Whether a process listens at the address of Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without
-        a listener, because calls of Ray would then end this process.
+        one, because calls of Ray would then end this process.
         """
         try:
             _connect(self._head, HEAD_LIMIT)
@@ -393,7 +384,7 @@ def _settings(embedded: bool) -> None:
 
 
 def _kill_started(folder: Path) -> None:
-    """Kill the processes that a failed start of Ray has left: children of this process that use this folder."""
+    """Kill the processes that a failed start of Ray has left."""
     for child in _started(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -409,9 +400,7 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise UserError if no process listens at the address within CONNECT_LIMIT seconds. Ray itself would try for a
-    minute.
-    """
+    """Raise UserError if no process listens at the address within CONNECT_LIMIT seconds."""
     if address == "auto":
         return
     try:
@@ -426,7 +415,7 @@ def _require_answer(address: str) -> None:
 
 
 def _in_thread(call: Callable[[], Any]) -> Future:
-    """Run a call in a daemon thread and return its future. A daemon thread does not delay the end of the process."""
+    """Run a call in a daemon thread and return its future."""
     outcome: Future = Future()
 
     def run() -> None:
@@ -440,16 +429,14 @@ def _in_thread(call: Callable[[], Any]) -> Future:
 
 
 def _connect(address: str, limit: float) -> None:
-    """Raise OSError if nothing listens at the address, and ValueError if it is not HOST:PORT."""
+    """Raise OSError if nothing listens at HOST:PORT, ValueError for other addresses."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=limit).close()
 
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Capture stderr in a file inside the block. Ray's native code prints its errors several times; the caller prints
-    one sentence.
-    """
+    """Capture stderr, where Ray's native code repeats its errors, in a file."""
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -474,5 +461,5 @@ def _explain(address: str, text: str) -> UserError:
 
 
 def _excludes() -> list[str]:
-    """Return patterns of the files that Ray must not copy to the nodes: all files outside the program."""
+    """Return patterns of files outside the program, which Ray must not copy."""
     return [f"/{path.name}" for path in ROOT.iterdir() if path.name not in SHIPPED]

@@ -1,22 +1,22 @@
 """The layouts that a run may use: its full layout and, when nodes are missing, smaller layouts.
 
-All layouts of a run have the same number of pipeline stages. A layout consists of blocks. A block has one expert group
-of every stage; an expert group is the `ep` ranks that share the experts of a layer. A smaller layout has fewer blocks,
-a smaller ep, or both. If the batch does not divide evenly, some expert groups get one more micro-batch per rank
+All layouts have the same number of pipeline stages. A layout consists of blocks. A block has one expert group of every
+stage; an expert group is the `ep` ranks that share the experts of a layer. A smaller layout has fewer blocks, a smaller
+ep, or both. If the batch does not divide evenly, some expert groups get one more micro-batch per rank
 (parallel.uneven). The best layout has, in this order:
 
     1. the fewest micro-batches of the busiest rank, which determine the time of a step
-    2. the largest ep, which is closest to the recipe and needs the least memory
+    2. the largest ep, which needs the least memory
     3. the fewest ranks, so that more spares remain
 
 A planner writes the memory need of smaller layouts to layouts.json in the run folder:
 
-    config     digest of the config.yaml of the plan; with another config.yaml the plan is ignored
+    config     digest of the plan's config.yaml; with another config.yaml the plan is ignored
     layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: bytes per device for every ep and one or more values of dp. A
                larger dp needs no more memory. With parallel.cp, dp counts all ranks of a stage
     problem    why there is no plan, else null
 
-If there is no plan, or if it says that the full layout does not fit, only layouts with the full ep are used.
+Without a plan, or if the plan says that the full layout does not fit, only layouts with the full ep are used.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes of a stage (see `StageShape`) that are smaller than the full layout, the best first. The
-    function checks only that batch and experts divide evenly, and no other rule of a layout.
+    """Return all stage shapes smaller than the full layout, the best first. Only the even division of batch and experts
+    is checked.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
@@ -64,7 +64,7 @@ def smaller_shapes(config: Config) -> list[StageShape]:
 
 
 class Shapes:
-    """The layouts of a run. folder: run folder with layouts.json; None for a run without a plan."""
+    """The layouts of a run. folder: run folder with layouts.json; None without a plan."""
 
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -75,17 +75,17 @@ class Shapes:
         self._planned: dict[int, dict[int, int]] | None = None
         """Planned bytes per device, by ep and dp; None if unknown."""
         self._there = 0
-        """Bytes of memory of the smallest device at the last check of the nodes; 0 before the first check."""
+        """Memory of the smallest device at the last check, or 0."""
         self.problem: str | None = None
-        """Problem that the plan reports; None if there is no problem or no plan."""
+        """Problem that the plan reports, or None."""
 
     @property
     def is_planned(self) -> bool:
-        """Whether the planner has written its result, even if the plan failed."""
+        """Whether the planner has written its result, even a problem."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Return why a layout cannot run on these nodes; None if it can. The number of nodes is not checked."""
+        """Return why these nodes cannot run a layout, or None. Their number is not checked."""
         if shape == self.own:
             return None
         return self._broken_rule(shape) or self._lacks_memory(shape, nodes)
@@ -153,7 +153,7 @@ class Shapes:
         )
 
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
-        """Explain why these nodes cannot run a larger layout, and what a larger layout needs."""
+        """Explain why these nodes cannot run a larger layout, and what it needs."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]

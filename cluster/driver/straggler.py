@@ -11,7 +11,7 @@ log(its median time / the median of its peers' median times). A rank is slow if 
 The noise of a block is the larger of two values:
 
     - the standard error of the block's median, from the spread of single steps inside the blocks
-    - the spread between the blocks of the peers, which includes noise over many steps
+    - the spread between the blocks of the peers
 
 A slow rank is named once, and again only if it was as fast as its peers for a complete window in between.
 """
@@ -23,27 +23,24 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK_STEPS, WINDOW_BLOCKS = 10, 8
-"""Number of steps in a block, and number of blocks in the window."""
+"""Number of steps in a block, and of blocks in the window."""
 NOISE = 2.0
 SPREAD = 1.4826
 """Ratio of standard deviation to median absolute deviation, for normal noise."""
 MEDIAN_ERROR = 1.2533
-"""Ratio of the standard error of a median to the standard error of a mean, for normal noise."""
+"""Standard error of a median divided by that of a mean (normal noise)."""
 LEAST_SECONDS = 0.01
-"""Minimum seconds per step by which a slow rank exceeds its peers."""
+"""Minimum seconds per step by which a rank is slower."""
 COUNTED_SECONDS = 1e-9
-"""Lower bound of the seconds of a step. It avoids the logarithm of 0."""
+"""Lower bound of a step's seconds, for a finite logarithm."""
 LONE_FACTOR = 2.0
-"""Minimum factor for a rank that is alone in its stage. This rank is compared with ranks of other stages, whose work
-may differ by design.
-"""
+"""Minimum factor for a rank that is alone in its stage and compared with other stages, whose work may differ."""
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank that computes longer than its peers.
-
-    seconds: median seconds per step of this rank. median: median seconds per step of its peers.
+    """A rank that computes longer than its peers. seconds: median per step of this rank. median: median per step of its
+    peers.
     """
 
     rank: int
@@ -55,33 +52,29 @@ class Stragglers:
     """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """Create an empty collection of step times. stages: for each stage, its ranks. Ranks are numbered over all
-        stages.
-        """
+        """Create an empty collection. stages: ranks of each stage."""
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
         self._everyone = np.array(everyone) if len(self._lone) and len(everyone) > 1 else None
         self._steps_RW = np.ones((len(everyone), BLOCK_STEPS * WINDOW_BLOCKS))
-        """Seconds of each rank's newest steps. Step s is in column s modulo the window length."""
+        """Seconds of each rank's newest steps, in column step modulo window length."""
         self._seen_R = np.zeros(len(everyone), int)
         self._filled = 0
         """Number of filled blocks, summed over all ranks."""
         self._judged = 0
-        """Number of blocks that all ranks had filled at the last check."""
+        """Number of blocks that all ranks had filled when last checked."""
         self._named: set[int] = set()
 
     def take(self, rank: int, busy: float) -> None:
-        """Record the seconds of a rank's own work in its newest step."""
+        """Record the seconds of a rank's own work in a step."""
         seen = self._seen_R[rank]
         self._steps_RW[rank, seen % (BLOCK_STEPS * WINDOW_BLOCKS)] = max(busy, COUNTED_SECONDS)
         self._seen_R[rank] = seen + 1
         self._filled += (seen + 1) % BLOCK_STEPS == 0
 
     def new(self, factor: float) -> list[SlowRank]:
-        """Return the ranks that have become slow since the previous call. The check waits until all ranks have
-        filled another block.
-        """
+        """Return newly slow ranks. The check waits until all ranks have filled another block."""
         if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []
         blocks = int(self._seen_R.min()) // BLOCK_STEPS
@@ -94,7 +87,7 @@ class Stragglers:
         return sorted(found, key=lambda slow: slow.rank)
 
     def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
-        """Return the ranks of `wanted` that have become slow compared with the others of `ranks`.
+        """Return the newly slow ranks of `wanted`, compared with the others of `ranks`.
 
         Shapes: R ranks, B blocks, S steps of a block, W steps of the window.
         """

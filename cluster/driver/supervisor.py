@@ -15,8 +15,8 @@ tick. These rules hold:
     - A restart first uses spare nodes. If there are too few, it uses the fastest layout that fits (shapes.py).
     - When nodes return, the run stops after the next checkpoint or complete copy in memory, and restarts with more
       ranks. When a node drains, the run writes a checkpoint at once and restarts without the node.
-    - Every kind of cause has a budget of failures, which is reset when the run saves a later step. For lost nodes, each
-      node has its own budget. So a run with progress survives any number of lost nodes.
+    - Every kind of cause has a budget of failures, which is reset when the run saves a later step. For lost nodes,
+      each node has its own budget.
 """
 
 from collections import Counter
@@ -38,17 +38,13 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Maximum time between two ticks, as a fraction of a heartbeat. A longer time counts as sleep of the driver, so that
-no live node counts as late.
-"""
+"""Maximum fraction of a heartbeat between two ticks. A longer time counts as sleep of the driver."""
 SHOWN_NODES = 8
-"""Maximum number of idle nodes that a sentence names. The event lists all idle nodes."""
+"""Maximum number of idle nodes that a sentence names."""
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """Return the budgets that a failure reduces, as pairs of kind and node name. The name is empty unless a node was
-    lost.
-    """
+    """Return the budgets that a failure reduces, as (kind, name). The name is empty unless a node was lost."""
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
 
@@ -64,38 +60,36 @@ class Supervisor:
         self.saved = NONE
         """Attempt and step of the newest checkpoint."""
         self.held = NONE
-        """Attempt and step of the newest copy of the state that is complete in the memory of the answering nodes."""
+        """Attempt and step of the newest complete copy in the answering nodes' memory."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """Time before which no node can be late. The supervisor looks for silent nodes only after this time."""
+        """Time before which no node can be late."""
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """Inputs and result of the last search for a placement. The result is reused while the inputs are equal."""
+        """Inputs and result of the last search for a placement, for equal inputs."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """Time until which the supervisor waits for stacks of a late run. Then it names the blocking rank. None if it
-        does not wait.
-        """
+        """Time until which the supervisor waits for stacks of a late run, or None."""
         self._quiet_since = now
-        """Time of the ranks' last progress before the failure that is being judged."""
+        """Time of the ranks' last progress before the judged failure."""
         self._again_until: int | None = None
-        """Highest step that the current attempt repeats; None if it repeats no step."""
+        """Highest step that the current attempt repeats, or None."""
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
-        """Highest step that this launch has saved, on disk or in memory."""
+        """Highest step that this launch has saved."""
 
     @property
     def current(self) -> Attempt:
-        """The newest attempt, even if it has ended. Use only after the first attempt has begun."""
+        """The newest attempt, even if it has ended. One must exist."""
         assert self.attempt is not None
         return self.attempt
 
@@ -110,7 +104,7 @@ class Supervisor:
         return {id for id, state in self.nodes.items() if state.draining}
 
     def handle(self, now: float, event: m.Event) -> list[m.SupervisorAction]:
-        """Process one event. Returns actions in the order of execution. now: seconds of a monotonic clock."""
+        """Process one event. Returns actions in order. now: monotonic seconds."""
         self._out = []
         if self.phase is DriverPhase.done:
             return []
@@ -184,8 +178,8 @@ class Supervisor:
             self._out.append(m.EndRanks(number, (id,)))
         elif state.health is NodeHealth.silent:
             self._join(now, state.node)
-        # If `current` is true, the agent has not begun the attempt yet. Then the ranks count as alive since the order
-        # to start.
+        # If `current` is true, the agent has not begun the attempt yet. The ranks count as alive since the order to
+        # start.
         if not current:
             self.nodes[id].live = live
 
@@ -228,10 +222,7 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Reset the failure budgets if the run has saved a later step. age: age of the newest saved state.
-
-        A step that this launch has already saved does not count.
-        """
+        """Reset the failure budgets if the run has saved a later step than this launch had. age: newest saved state."""
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
             self._spent.clear()
@@ -271,7 +262,7 @@ class Supervisor:
             self._name_stragglers()
 
     def _forgive(self, now: float, slept: float) -> None:
-        """Extend all deadlines by the `slept` seconds for which this process or machine slept."""
+        """Extend all deadlines by the seconds for which this process slept."""
         for state in self.nodes.values():
             state.heard = min(state.heard + slept, now)
         if self.attempt:
@@ -377,7 +368,7 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Name the ranks that block a late run before the driver ends it. Returns whether an action was taken."""
+        """Name the ranks that block a late run. Returns whether it acted."""
         attempt = self.current
         if attempt.is_late(now):
             attempt.name_late()
@@ -414,7 +405,7 @@ class Supervisor:
         self._judge(now, self.policy.settle)
 
     def _leave(self, now: float) -> None:
-        """Finish an attempt in which all ranks have ended without a failure."""
+        """Finish an attempt whose ranks have all ended without a failure."""
         if self._named_by is None and (seconds := self.current.over(now)) is not None:
             self._tell_went_on(seconds)
         if all(report.code == EXIT_OK for report in self.current.reports.values()):
@@ -439,7 +430,7 @@ class Supervisor:
         return f"; ranks on {some_of(names, SHOWN_NODES)} cannot be reached: their agents end them {lease:.0f} s after this driver's last request, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
-        """React to a failure: probe every node, and wait `settle` seconds for reports."""
+        """Probe every node after a failure, and wait `settle` seconds for reports."""
         self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
         self._named_by = None
         if self._failed_at is None:
@@ -469,7 +460,7 @@ class Supervisor:
         self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
-        """Return how many seconds the driver may need to call all nodes of the attempt."""
+        """Return the seconds for calls to all nodes of the attempt."""
         return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
@@ -499,7 +490,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Start the next attempt: at once, or later if a node is about to return or no layout fits."""
+        """Start the next attempt, at once or when a node returns or a layout fits."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

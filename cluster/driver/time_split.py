@@ -9,7 +9,7 @@ The time in which a driver ran is divided into these parts:
     restart     from the end of detection, or from the decision to change the nodes, to the next attempt's first step
     again       steps that the run repeated
 
-Time between two launches belongs to no part. Effective time is training time x working ranks / all wanted ranks.
+Effective time is training time x working ranks / all wanted ranks.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from typing import Any
 
 
 class TimePart(StrEnum):
-    """Parts of a run's wall time, in display order; see the top of the file."""
+    """Parts of a run's wall time in display order."""
 
     training = "training"
     again = "again"
@@ -34,19 +34,19 @@ STEPPING = (TimePart.training, TimePart.again)
 
 @dataclass
 class TimeSplit:
-    """A run's wall time, divided into parts. Seconds are summed over all launches."""
+    """A run's wall time, divided into parts, summed over all launches."""
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
-    """Intervals of training steps that the run kept, as (start, end) in Unix time."""
+    """Intervals of training steps that the run kept, in Unix time."""
     attempts: int = 0
     nodes: int = 0
     """Number of nodes with ranks in the newest attempt."""
     spares: int = 0
     effective_seconds: float = 0.0
-    """Training seconds x (number of working ranks / number of wanted ranks)."""
+    """Training seconds x working ranks / wanted ranks."""
     held_seconds: float = 0.0
-    """Seconds in which a driver ran x max(1, occupied nodes with spares / nodes of the full layout)."""
+    """Driver seconds x max(1, occupied nodes with spares / nodes of the full layout)."""
 
     @property
     def seconds(self) -> float:
@@ -60,7 +60,7 @@ class TimeSplit:
 
     @property
     def share(self) -> float:
-        """Fraction of the time in which the ranks ran steps, including repeated steps; 1 is best."""
+        """Fraction of the time with steps, also repeated steps; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -70,12 +70,12 @@ class TimeSplit:
 
     @property
     def held_share(self) -> float:
-        """Effective time divided by the time of all occupied nodes, including spares; 1 is best."""
+        """Effective time / time of all occupied nodes, including spares; 1 is best."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 
 class _Clockwork:
-    """Reads the events in order and assigns each interval to a part."""
+    """Assigns each interval between events to a part."""
 
     def __init__(self) -> None:
         self.split = TimeSplit()
@@ -84,9 +84,9 @@ class _Clockwork:
         self._weight = self._held = 1.0
         self._world, self._first = 0, True
         self._asked_at: float | None = None
-        """Time at which the driver asked the ranks to stop, so that the next attempt can start."""
+        """Time at which the driver asked the ranks to stop."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether it has the field `seconds`. None before the first failure."""
+        """Time of the newest failure event, and whether it has `seconds`; or None."""
 
     def switch(self, now: float, part: TimePart | None) -> None:
         """End the current part now and begin another."""
@@ -133,7 +133,7 @@ class _Clockwork:
 
 
 def split_time(events: Iterable[dict[str, Any]], now: float | None = None) -> TimeSplit:
-    """Add up the times of a run's events. now: current Unix time; None if the last event ended the run."""
+    """Add up the times of events. now: Unix time; None if the run has ended."""
     work, before = _Clockwork(), 0.0
     for event in events:
         time = event["time"]

@@ -1,6 +1,6 @@
-"""Shows a run on the driver's terminal: a status line, with events and the output of rank 0 above it.
+"""Shows a run on the driver's terminal: a status line below events and the output of rank 0.
 
-Without a terminal, events and lines of rank 0 are printed as plain lines.
+Without a terminal, events and output are plain lines.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from conf.screen import Terminal
 from conf.words import harmless
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
-"""Kinds of events that are not printed, but are in events.jsonl and the status line."""
+"""Kinds of events that are not printed."""
 REFRESH = 0.5
 
 
 class View:
-    """Shows the state of a supervisor. Use in `with`. metrics: path of the run's metrics.jsonl."""
+    """Shows a supervisor's state. Use in `with`. metrics: path of metrics.jsonl."""
 
     def __init__(self, name: str, metrics: Path, steps: int, console: Console | None = None):
         self._console = console or Terminal()
@@ -63,7 +63,7 @@ class View:
             self._print(line.decode(errors="replace"))
 
     def update(self, supervisor: Supervisor) -> None:
-        """Redraw the status line if it was last drawn long enough ago."""
+        """Redraw the status line if it is old enough."""
         now = time.monotonic()
         if self._live is not None and now - self._refreshed >= REFRESH:
             self._refreshed = now
@@ -76,7 +76,7 @@ class View:
 
 
 def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: str) -> str:
-    """Return two lines of text: the state of the training and the state of the machines."""
+    """Return two lines: the state of training and of machines."""
     parts = [name, f"step {record.get('step', 0)}/{steps}"]
     if record.get("main_loss") is not None:
         parts.append(f"loss {record['main_loss']:.4g}")
@@ -99,7 +99,7 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
 
 
 def last_record(metrics: Path) -> dict:
-    """Return the last complete record of metrics.jsonl; empty if there is none."""
+    """Return the last complete record of metrics.jsonl, or nothing."""
     *lines, _ = read_tail(metrics, 256 << 10).split(b"\n")
     with contextlib.suppress(ValueError):  # skip an incomplete line
         return json.loads(lines[-1]) if lines else {}

@@ -1,12 +1,10 @@
 """Health of nodes, as their agents report it: process priority, clock jumps and full disks. None of them ends a run.
 
-With a low priority, other processes slow down the ranks. With a full disk for temporary files, output of ranks is lost
-and the next start on the node fails.
+A low priority slows down the ranks. A full disk for temporary files loses output of ranks and prevents the next start.
 
-The driver orders errors by time, so this file converts each node's times to the driver's clock. The agent reads the
-node's clock when the node is checked. Later times follow from a clock that nobody can set. This file subtracts the
-seconds by which the node's clock was ahead at the check. Arrival times of answers are not used, because a transfer may
-take longer than the time between two errors.
+The driver orders errors by time, so this file converts each node's times to the driver's clock. It subtracts the
+seconds by which the node's clock was ahead at the check. Later times follow from a clock that nobody can set. Arrival
+times of answers are not exact enough.
 """
 
 from dataclasses import dataclass
@@ -20,10 +18,9 @@ from cluster.topology import Node
 class _Vitals:
     name: str
     ahead: float = 0.0
-    """Seconds by which the node's clock was ahead of the driver's clock at the check."""
+    """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which the node's clock was set ahead since the check, as last reported to the user; 0 if not reported.
-    """
+    """Seconds of later clock changes, as last reported to the user, or 0."""
     full: bool = False
     niceness: int = 0
 
@@ -38,24 +35,18 @@ class Vitals:
         """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """Record a node that passed the checks. ahead: seconds by which the node's clock is ahead of the driver's
-        clock. niceness: niceness of the node's agent.
-        """
+        """Record a node that passed the checks. ahead: seconds by which its clock is ahead of the driver's."""
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Return the nodes whose agents have a niceness above `niceness` (a lower priority), as name and niceness. Each
-        node is returned once.
-        """
+        """Return name and niceness of the nodes whose agents have a higher niceness (lower priority), each once."""
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
         self._low |= fresh.keys()
         return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
-        """Convert the failure times in `answer` to the driver's clock. Returns new problems of the node as (kind, text)
-        pairs.
-        """
+        """Convert the failure times in `answer` to the driver's clock. Returns new problems as (kind, text)."""
         known = self._nodes[node.id]
         for report in answer.ranks:
             if report.failure is not None:

@@ -1,1 +1,1 @@
-"""Programs on every node of a cluster: agent, reserve processes, store for in-memory copies of the state, node checks."""
+"""Programs on every node: agent, reserve processes, copy store, node checks."""

@@ -1,10 +1,9 @@
 """The agent of a node: it starts the node's ranks as child processes and reports their state. It does not use Ray.
 
-`ask` waits for news and `network` for measurements; RayFleet gives each of them a thread. All other methods return at
-once, because the driver counts a node as lost if an answer is late.
+`ask` waits for news and `network` for measurements, each in a thread of its own. All other methods return at once,
+because a late answer counts as a lost node.
 
-A rank reports through files (cluster/run_files.py) in the attempt's scratch folder on the node's own disk. So the
-driver cannot mistake a rank of an old attempt for a new one.
+A rank reports through files (cluster/run_files.py) in the attempt's scratch folder on the node's own disk.
 
 The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
@@ -14,8 +13,8 @@ The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MA
     SLUICE_ATTEMPT                            number of the attempt
     SLUICE_STORE_SECRET                       secret of the ranks' store (parallel/signed_store.py)
 
-If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it kills its ranks. The
-driver may be lost, and a new attempt may already run on other nodes.
+If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it kills its ranks. A
+new attempt may already run on other nodes.
 """
 
 import contextlib
@@ -52,7 +51,7 @@ from conf.errors import EXIT_STOPPED
 NEWS_LOOK_SECONDS = 0.05
 """Seconds between checks for news while a question waits."""
 STACKS_WITHIN = 0.25
-"""Seconds after which an answer is sent even if some requested stacks are missing."""
+"""Seconds after which an answer is sent with the stacks so far."""
 OUTPUT_BYTES = 64 << 10
 """Maximum bytes of one rank's output in one answer."""
 
@@ -71,35 +70,29 @@ class Order:
     address: str
     """IP address of the node. Ranks use its network interface."""
     folder: str | None = None
-    """Working folder of the ranks. If None, the ranks use the agent's folder, into which Ray unpacked the code."""
+    """Working folder of the ranks; None for the folder into which Ray unpacked the code."""
 
 
 @dataclass
 class Answer:
-    """An agent's answer to the driver: the state of the ranks on its node."""
+    """An agent's answer to the driver: the state of its ranks."""
 
     attempt: int
     ranks: list[RankReport]
     output: dict[int, bytes] = field(default_factory=dict)
     """New output of each rank, from the requested offset."""
     stacks: dict[int, str] = field(default_factory=dict)
-    """By rank: stacks that have arrived since the last request for stacks."""
+    """Stacks that have arrived since the last request, by rank."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """By rank: packed communication ring (cluster/comm_ring.py). Only the first answer after a request for stacks has
-    the rings.
-    """
+    """Packed communication rings by rank, in the first answer after a request for stacks."""
     held: dict[str, list[int]] = field(default_factory=dict)
-    """In-memory copies of the state: for each set of copies, the ranks with complete parts
-    (cluster/node/copy_store.py).
-    """
+    """In-memory copies of the state: ranks with complete parts, by set of copies."""
     clock_set: float = 0.0
-    """Seconds by which the node's clock was set ahead since the driver's check. The times in `ranks` do not
-    include this change.
-    """
+    """Seconds by which the node's clock was set ahead since the driver's check. Times in `ranks` ignore this."""
     free_bytes: float = math.inf
     """Free bytes in the folder for temporary files."""
     leaving: bool = False
-    """Whether the agent was told to end, because the node will be removed."""
+    """Whether the agent must end, because the node will be removed."""
 
 
 @dataclass
@@ -109,7 +102,7 @@ class _Child:
     world: int
     """Number of ranks of the run."""
     stopped_by: int | None = None
-    """Signal by which the agent asked the rank to stop; None if it has not asked."""
+    """Signal by which the agent asked the rank to stop, or None."""
     stacks_asked: bool = False
     native: bool = False
     """Whether the stacks of native threads are requested as well."""
@@ -120,9 +113,9 @@ class _Child:
 class Agent:
     """The agent of a node; see the top of the file.
 
-    lease: seconds without a question after which the agent kills the ranks. own_process: whether the process contains
-    only the agent. If so, it ends with its parent, SIGTERM means that the node will be removed, and the agent must be
-    created in the main thread.
+    lease: seconds without a question after which it kills the ranks. own_process: whether the process contains only the
+    agent. It then ends with its parent, SIGTERM means that the node will be removed, and the agent must be created in
+    the main thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):
@@ -134,15 +127,13 @@ class Agent:
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """A clock that was set to the system time at the last call of `facts`, and ignores later changes of the system
-        time.
-        """
+        """A clock set to the system time by the last call of `facts`."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None
         self._leaving = False
         self._told: tuple = (0, [], [], False, {})
-        """The values of `_news` that the last answer to the driver contained."""
+        """Values of `_news` in the last answer to the driver."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if own_process:
@@ -152,8 +143,8 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """Return the facts about this node that the driver checks before a start. From now on, the node answers the
-        driver's UDP questions. If there will be a network test, it also answers the other nodes.
+        """Return the facts that the driver checks before a start. From now on, the node answers UDP questions and, for
+        a network test, the other nodes.
         """
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
@@ -170,11 +161,11 @@ class Agent:
         self._asked = time.monotonic()
 
     def network(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Run this node's part of the network test (cluster/driver/network.py) and wait for the results."""
+        """Run this node's part of the network test (cluster/driver/network.py), and wait for it."""
         return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
-        """Open a store for in-memory copies of the state in this folder, and serve the copies to other nodes."""
+        """Open a store for in-memory copies in this folder, and serve it to other nodes."""
         try:
             self._store = Store(Path(folder), token, address, lambda: self._attempt)
         except OSError as error:
@@ -183,20 +174,20 @@ class Agent:
         return OpenedCopy(self._store.port)
 
     def drop_memory(self) -> None:
-        """Free the memory of the copies, once the run does not need them."""
+        """Free the memory of the copies."""
         if self._store is not None:
             self._store.close(remove=True)
             self._store = None
 
     def probe(self) -> None:
-        """Do nothing. Any answer shows that the agent is alive."""
+        """Do nothing. An answer shows that the agent is alive."""
 
     def free_port(self) -> int:
-        """Return a port that is free now on all addresses of this node."""
+        """Return a port that is free now on all addresses."""
         return free_port()
 
     def start(self, order: Order) -> None:
-        """Start the ranks of a new attempt. Raises OSError if a process cannot be started."""
+        """Start the ranks of a new attempt. Raises OSError if this fails."""
         with self._lock:
             assert order.attempt > self._attempt and not any(c.process.poll() is None for c in self._children.values())
             self._forget()
@@ -205,8 +196,8 @@ class Agent:
             self._scratch = scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank, scratch.path)
-            # Ranks that start as ordered are no news, because thousands of nodes would report it at the same time. The
-            # driver only waits for the node of rank 0.
+            # Ranks that start as ordered are no news: thousands of nodes would report it at once. The driver waits only
+            # for the node of rank 0.
             if 0 not in self._children:
                 self._told = self._attempt, [], [], *self._told[3:]
 
@@ -301,13 +292,11 @@ class Agent:
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
-        """Return the final state and output of the ranks, for a driver that ends. Returns at once, even during a call
-        of `ask`.
-        """
+        """Return the final state and output of the ranks at once, even during `ask`."""
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values that count as news. If one of them changes, the agent answers a question at once."""
+        """Return the values whose change is news."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
@@ -333,10 +322,8 @@ class Agent:
         return report
 
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
-        """Ask every rank for its stacks.
-
-        Later answers contain the stacks. The next answer contains the communication rings of all ranks. native: whether
-        to include native threads.
+        """Ask every rank for its stacks, which later answers contain. The next answer contains all rings. native:
+        whether to include native threads.
         """
         if attempt != self._attempt:
             return
@@ -351,8 +338,8 @@ class Agent:
 
         in_memory: whether a copy in memory is enough; see train/loop/stop.py. why: text for rank 0's last screen.
 
-        A rank without a signal handler gets no signal, because it is about to exit. If a rank removes its handler just
-        before the signal arrives, the signal kills the rank. The rank then counts as stopped.
+        A rank without a signal handler is about to exit and gets no signal. A rank that the signal kills counts as
+        stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
@@ -365,7 +352,7 @@ class Agent:
                 child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:
-        """Kill the ranks of this attempt and of older ones. Ignore later orders to start them."""
+        """Kill the ranks of this and older attempts, and ignore later orders to start them."""
         with self._lock:
             if attempt < self._attempt:
                 return
@@ -375,7 +362,7 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
-        """End the ranks, reserve processes and servers. The copies in memory remain for the next launch."""
+        """End the ranks, reserve processes and servers. Copies remain in memory."""
         self._closed.set()
         if self._echo is not None:
             self._echo.close()
@@ -423,7 +410,7 @@ def scratch_prefix() -> str:
 
 
 def _inherited() -> dict[str, str]:
-    """Return the environment without the variables that Ray set for this process."""
+    """Return the environment without variables that Ray set."""
     drop = ("RAY_", "OMP_NUM_THREADS")
     return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
 

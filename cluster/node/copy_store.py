@@ -1,7 +1,7 @@
 """Copies of a run's state in the memory of its nodes: the files of a node, and the server for ranks of other nodes.
 
 Every few steps (checkpoint.every_memory), each rank writes its part of the state to its own node's folder and to the
-next node's folder. So the loss of a node costs few steps. A node holds
+next node's folder. A node holds
 
     /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: random digits stored in the run
                                                folder
@@ -13,9 +13,9 @@ next node's folder. So the loss of a node costs few steps. A node holds
 A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. At most two sets exist: a
 complete set, and a set that is being written. Every rank removes all other sets before it writes.
 
-The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. A PUT of
-an earlier attempt's rank is refused, because ranks on a disconnected node may live for a while. The files stay when
-agents and drivers end, so that the next launch finds them. This file uses neither Ray nor torch.
+The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. A PUT of an
+earlier attempt is refused, because ranks on a disconnected node may live for a while. The next launch finds the files.
+This file uses neither Ray nor torch.
 """
 
 import contextlib
@@ -45,16 +45,16 @@ PIECE_BYTES = 1 << 20
 CONNECTIONS = 256
 """Maximum connections at once, each in a thread. Further connections wait."""
 ADMISSION = 10.0
-"""Seconds after which the server closes a connection that has not sent the token."""
+"""Seconds in which a new connection must send the token."""
 STALE = 24 * 3600.0
-"""Minimum age in seconds at which another run's folder is removed, unless an agent has locked it."""
+"""Minimum age in seconds at which another run's unlocked folder is removed."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
 _PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 
 @dataclass(frozen=True, order=True)
 class SetId:
-    """Name of one set of copies: the state after one step, in the memory of the nodes. Sets are ordered by age."""
+    """Name of one set of copies: the state after one step. Sets are ordered by age."""
 
     attempt: int
     step: int
@@ -71,7 +71,7 @@ class SetId:
 
 
 def held(folder: Path) -> dict[str, list[int]]:
-    """Return, for each set of copies in the folder, the ranks with complete parts."""
+    """Return the ranks with complete parts, for each set of copies."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
         with contextlib.suppress(FileNotFoundError):  # a rank is removing this set
@@ -83,7 +83,7 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove the sets of copies of this attempt and of earlier attempts, except the sets in `keep`."""
+    """Remove the sets of this and earlier attempts, except `keep`."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
@@ -104,18 +104,17 @@ class OpenedCopy:
     """Result of the request to store copies on a node."""
 
     port: int = 0
-    """Port at which the agent serves the copies; 0 if it does not serve them."""
+    """Port at which the agent serves the copies, or 0."""
     problem: str = ""
-    """Why the agent does not serve the copies, and what to do, as text for the user. Empty if it serves them."""
+    """Why the agent does not serve the copies, and the fix; or empty."""
     passes: bool = False
-    """Whether the problem is temporary: another agent still has the folder locked."""
+    """Whether the problem is temporary: another agent has locked the folder."""
     absent: bool = False
     """Whether the folder does not exist."""
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result. `passes` is set if another agent still locks the folder, as for a moment
-    after Ray has died."""
+    """Convert an error of `Store` to a result."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",
@@ -131,14 +130,13 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
 
 
 class Store:
-    """The copies of one node. The store locks the folder and serves its files on `address`.
-
-    attempt: function that returns the newest attempt that the node knows.
+    """The copies of one node, in a locked folder, served on `address`. attempt: function that returns the newest
+    attempt.
     """
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
         """Lock the folder and start the server. Raises OSError if the folder cannot be created, belongs to another
-        user, or is locked by another agent.
+        user, or is locked.
         """
         self.folder, self.token, self.attempt = folder, token, attempt
         _own(folder)
@@ -162,9 +160,7 @@ class Store:
 
 
 def _own(folder: Path) -> None:
-    """Create the folder, or check that this user owns it. Links are not followed, because another user may have created
-    them.
-    """
+    """Create the folder, or check that this user owns it. Links are not followed."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
@@ -179,7 +175,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Lock the folder. An agent that is being killed may hold the lock, so wait at most `patience` seconds."""
+    """Lock the folder, perhaps after `patience` seconds for an agent that is being killed."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -192,15 +188,13 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 
 
 def folder_name(run: str, id: str, node: str) -> str:
-    """Return the name of a run's folder on a node. id: random id of the run folder."""
+    """Return the name of a run's folder on a node. id: random id of the run."""
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 
 def sweep(mine: Path) -> None:
-    """Remove old folders next to this node's folder `mine`, unless an agent has locked them.
-
-    A folder with the run path and node of `mine` but another id is removed. Other folders of this user's runs are
-    removed if older than STALE.
+    """Remove unlocked old folders next to `mine`: folders of this run and node with another id, and this user's other
+    folders older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -221,7 +215,7 @@ def sweep(mine: Path) -> None:
 
 
 def _open_lock(folder: Path) -> int:
-    """Open the lock file of a folder. Raises OSError for a link, a file, or another user's folder."""
+    """Open the lock file of this user's folder. Raises OSError."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} was not created by Sluice")
@@ -229,7 +223,7 @@ def _open_lock(folder: Path) -> int:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """Serves a limited number of connections, and soon closes connections that have not sent the token.
+    """Serves a limited number of connections, and soon closes connections without the token.
 
     http.server's class is not used, because it asks the name service for this host's name.
     """
@@ -241,7 +235,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
         self._unadmitted: dict[socket.socket, float] = {}
-        """For each connection that has not sent the token: the time at which the server closes it."""
+        """Deadlines of the connections that have not sent the token."""
         self._closing = False
         super().__init__(*arguments)
 
@@ -260,9 +254,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections that have not sent the token in time. The server's thread calls this method ten times a
-        second.
-        """
+        """Close connections that have not sent the token in time. The server calls this method often."""
         for connection, deadline in list(self._unadmitted.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
@@ -286,8 +278,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE, where SET names a set of copies. A PUT removes other sets of this attempt and
-    of earlier ones, except the set in its header X-Keep.
+    """Handles PUT and GET of /SET/FILE. A PUT removes other sets of this and earlier attempts, except the set in its
+    header X-Keep.
     """
 
     protocol_version = "HTTP/1.1"
@@ -324,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _receive(self, handle: int, length: int) -> bool:
-        """Write the body of the request to the file. Returns False if the sender disconnected."""
+        """Write the request's body to the file; False if the sender disconnected."""
         buffer = memoryview(bytearray(min(PIECE_BYTES, max(1, length))))
         while length:
             count = self.rfile.readinto(buffer[: min(len(buffer), length)])
@@ -356,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "not stored here")
 
     def _range(self, whole: int) -> tuple[int, int]:
-        """Return the first byte and the number of bytes that the request asks for. whole: size of the file."""
+        """Return first byte and number of requested bytes. whole: size of the file."""
         match = re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})", self.headers.get("Range", f"bytes=0-{whole - 1}"))
         if match is None:
             return 0, whole
@@ -364,7 +356,7 @@ class _Handler(BaseHTTPRequestHandler):
         return start, max(0, min(int(match[2]) + 1, whole) - start)
 
     def _admit(self) -> re.Match[str] | None:
-        """Return the parts of the request's path. For a wrong token or path, send an error response and return None."""
+        """Return the parts of the request's path. For a wrong token or path, send an error and return None."""
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
@@ -380,11 +372,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(code, why)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Log nothing. The rank at the other end reports a failed request."""
+        """Log nothing; the rank at the other end reports errors."""
 
 
 class Peer:
-    """A rank's connection to the store of another node. Every method raises OSError."""
+    """A rank's connection to another node's store. Every method raises OSError."""
 
     def __init__(self, address: str, token: str, timeout: float):
         """Create the connection's settings. address: HOST:PORT of the store."""
@@ -392,8 +384,8 @@ class Peer:
         self._headers = {"Authorization": f"Bearer {token}"}
 
     def put(self, name: str, path: Path, keep: str) -> None:
-        """Store the file `path` in the set of copies `name` on the peer. The peer removes its other sets of this
-        attempt and of earlier ones, except `keep`.
+        """Store the file `path` in the peer's set of copies `name`. The peer removes other sets of this and earlier
+        attempts, except `keep`.
         """
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
@@ -401,13 +393,11 @@ class Peer:
             self._ask("PUT", f"/{name}/{path.name}", headers, file)
 
     def get(self, name: str, file: str) -> bytes:
-        """Return the complete content of a file in the set of copies `name`."""
+        """Return the content of a file in the set `name`."""
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:
-        """Read bytes of a file in the set of copies `name` into `view`, from byte `position`. Returns the number of
-        bytes read.
-        """
+        """Read bytes of a file in the set `name` into `view`, from byte `position`. Returns their number."""
         headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
         body = self._ask("GET", f"/{name}/{file}", headers)
         view[: len(body)] = body

@@ -1,4 +1,4 @@
-"""A node's part of the network test (cluster/driver/network.py): an echo server, and measurements to other nodes."""
+"""A node's part of the network test (cluster/driver/network.py): an echo server and measurements."""
 
 import socket
 import threading
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 PINGS = 10
 BYTES = 4 << 20
 PAIR_SECONDS = 5.0
-"""Maximum seconds for the test of one connection. After this time, the connection counts as unreachable."""
+"""Maximum seconds for the test of one connection."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class NodeLink:
 
 
 class NetworkProbe:
-    """Runs the network test on a node: a thread with an echo server, and measurements to other nodes."""
+    """Runs the network test on a node: an echo server, and measurements to other nodes."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Number of measurements by other nodes that have ended and for which `play` has not yet waited."""
+        """Ended measurements by other nodes for which `play` has not waited."""
 
     def listen(self, address: str) -> int:
-        """Start the server on this address and return its port. `close` ends the server."""
+        """Start the server on this address. Returns its port."""
         self.close()
         self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
@@ -45,10 +45,10 @@ class NetworkProbe:
             self._server = None
 
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Measure the connections to other nodes one after another. turns: address and port of each server, or None.
+        """Measure the connections to other nodes one after another.
 
-        For None, wait until another node has measured the connection to this node. A turn takes at most about
-        PAIR_SECONDS.
+        turns: address and port of each server, or None to wait until another node has measured this node. A turn takes
+        at most about PAIR_SECONDS.
         """
         found = []
         for turn in turns:
@@ -67,7 +67,7 @@ class NetworkProbe:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Echo the single bytes of the latency test, then receive and confirm the data of the bandwidth test."""
+        """Echo the bytes of the latency test, then receive and confirm the data of the bandwidth test."""
         with connection:
             connection.settimeout(PAIR_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,7 +1,6 @@
 """Checks a node before it may run ranks: same program, same recipe, an accurate clock, shared storage, devices.
 
-The driver asks the agent of every node that joins, and refuses nodes with a problem. The same path may lead to
-different storage, so each node reads a file of the driver, and writes a file for the driver.
+The same path may lead to different storage, so each node reads a file of the driver, and writes a file for the driver.
 """
 
 import hashlib
@@ -26,16 +25,14 @@ from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
-"""Maximum seconds by which a node's clock may differ from the driver's clock. The driver orders errors of ranks by
-time.
-"""
+"""Maximum seconds between the clocks of a node and of the driver."""
 SCRATCH_LIMIT = 256 << 20
-"""Minimum free bytes that a node needs for the output of its ranks."""
+"""Minimum free bytes of a node for output of ranks."""
 DRIVER_LEAVES = 0.99
-"""Fraction of a GPU's memory that the GPU driver leaves for programs. On an H100, 81008 of 81559 MiB."""
+"""Fraction of a GPU's memory for programs: on an H100, 81008 of 81559 MiB."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
-"""Suffixes of source files. Every node compiles the C++ code from source."""
+"""Suffixes of source files. Nodes compile the C++ code."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Question:
     folder: str
     """Run folder."""
     word: str
-    """Content of the file that the driver wrote to the run folder."""
+    """Content of the driver's file in the run folder."""
     node: str
     devices: int
     """Number of ranks that the node may hold."""
@@ -52,9 +49,9 @@ class Question:
     address: str = ""
     """The node's address."""
     key: bytes = b""
-    """Key of the driver's UDP questions (cluster/node/pulse_echo.py); empty if there are none."""
+    """Key of the driver's UDP questions (cluster/node/pulse_echo.py), or empty."""
     tests_network: bool = False
-    """Whether the network test (cluster/driver/network.py) will need a port on this node."""
+    """Whether the network test will need a port on this node."""
     targets: tuple[str, ...] = ()
     """Import paths of the user's own code."""
     typed_in: str = ""
@@ -74,19 +71,19 @@ class Facts:
     clock: float
     gpus: int
     device_bytes: int
-    """Bytes of memory of the node's smallest device. On CPU: the node's memory divided by its number of ranks."""
+    """Memory of the node's smallest device in bytes; on CPU, a rank's share."""
     free_bytes: int
     """Free bytes in the folder for temporary files."""
     storage: str
-    """Text about a problem with the run folder; empty if there is none."""
+    """Text about a problem with the run folder, or empty."""
     lacking: tuple[str, ...] = ()
     """Import paths in `Question.targets` that the node cannot find."""
     niceness: int = 0
-    """Niceness of the agent and its ranks. At a higher value, other processes get more of the CPU."""
+    """Niceness of the agent and its ranks; higher is lower priority."""
     pulse: tuple[str, int] | None = None
-    """Address and port at which the node answers UDP questions; None if it does not."""
+    """Address and port for UDP questions, or None."""
     test_port: int = 0
-    """Port for the network test; 0 if the node does not listen."""
+    """Port for the network test, or 0."""
 
 
 def gather_facts(question: Question) -> Facts:
@@ -125,7 +122,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return two texts: the problem with the run folder (empty if there is none), and the digest of the recipe in it."""
+    """Return the run folder's problem (or empty), and the digest of the recipe in it."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()
@@ -141,9 +138,7 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Return the usable bytes of every GPU that nvidia-smi lists. The value is 0 if nvidia-smi does not show the GPU's
-    memory.
-    """
+    """Return the usable bytes of every GPU in nvidia-smi's list; 0 if unknown."""
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)
@@ -154,12 +149,10 @@ def _gpu_bytes() -> list[int]:
 
 
 class Preflight:
-    """The driver's part of the checks: questions to nodes, and problems in their answers."""
+    """The driver's part of the checks: questions, and problems in answers."""
 
     def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
-        """Write the file that the nodes must read. key: key of the UDP questions. targets: import paths of the user's
-        code.
-        """
+        """Write the file that the nodes must read. key: key of the UDP questions. targets: import paths of user code."""
         self._targets = tuple(targets)
         self._folder, self._gpus, self._clock, self._key = folder, gpus, clock, key
         self._word = secrets.token_hex(8)
@@ -174,7 +167,7 @@ class Preflight:
         return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
-        """Return the reason why this node must not run ranks, with the fix; None if the node may run ranks."""
+        """Return why this node must not run ranks, with the fix, or None."""
         for what, cure in (
             ("python", "use the same Python on every node"),
             ("torch", "install the same torch on every node"),
@@ -203,9 +196,8 @@ class Preflight:
         return None
 
     def ahead(self, node: Node, facts: Facts) -> float:
-        """Return the seconds by which the node's clock is ahead of the driver's; negative if behind.
-
-        Returns 0 if the time between question and answer could explain the difference.
+        """Return the seconds by which the node's clock is ahead of the driver's; 0 if the time between question and
+        answer could explain the difference.
         """
         return max(0.0, facts.clock - self._clock.now()) - max(0.0, self._sent[node.id] - facts.clock)
 

@@ -1,9 +1,7 @@
 """A node's part of the pulse: it answers the driver's UDP questions (cluster/driver/pulse_sender.py).
 
-About once a second, the driver asks by UDP whether a node is alive. It asks through Ray less often, because a call
-through Ray takes the driver much longer.
-
-Questions and answers are signed with a key of this launch. The driver ignores an answer to an older question.
+About once a second, the driver asks whether a node is alive. A call through Ray would take much longer. Datagrams are
+signed with a key of this launch. The driver ignores answers to older questions.
 """
 
 import contextlib
@@ -24,15 +22,13 @@ END_LOOK_SECONDS = 0.5
 
 
 def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
-    """Return a signed datagram: a question to the node with this id, or the node's answer."""
+    """Return a signed datagram: a question to this node, or its answer."""
     word = NUMBER.pack(kind, number) + node.encode()
     return hmac.digest(key, word, "sha256")[:SEAL] + word
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return the number and the node id of a datagram. None if it is not of this kind (QUESTION or ANSWER), or if its
-    signature is wrong.
-    """
+    """Return number and node id of a datagram; None for another kind or a wrong signature."""
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None
@@ -40,9 +36,8 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """A thread that answers the driver's questions until `close` is called. It calls `heard` for each question.
-
-    Raises OSError if the address does not belong to this machine.
+    """A thread that answers the driver's questions until `close`, and calls `heard` for each question. Raises OSError
+    for another machine's address.
     """
 
     def __init__(self, node: str, address: str, key: bytes, heard: Callable[[], None]):

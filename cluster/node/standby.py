@@ -1,9 +1,9 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.node.standby MODULE
 
-Imports take most of a small rank's start, so the agent keeps a reserve process per rank. To start a rank, the agent
-sends one line of JSON with environment, arguments and log. The process then calls MODULE.main(). Before the
-process waits, it calls MODULE.preload(), if defined, to import what main() needs. A waiting process uses no device and
-no connection, and ends when its standard input is closed.
+Imports take most of a small rank's start, so the agent keeps a reserve process per rank. The process calls
+MODULE.preload(), if defined, and waits. To start a rank, the agent sends one line of JSON with environment, arguments
+and log, and the process calls MODULE.main(). A waiting process uses no device and no connection, and ends when its
+standard input is closed.
 """
 
 import gc

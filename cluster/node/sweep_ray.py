@@ -1,6 +1,6 @@
 """Cleans up after a Ray that a run started on its own machine, if the run's driver was killed.
 
-Some of Ray's processes check by process id whether their parent is alive. They do not notice a zombie parent.
+Some of Ray's processes do not notice that their parent has become a zombie.
 
 python -m cluster.node.sweep_ray FOLDER    waits until the driver closes its standard input. Then it kills this user's
                                            processes whose command line names the folder, and Ray processes with an open
@@ -21,12 +21,11 @@ from cluster.node.agent import scratch_prefix
 from cluster.private_folder import FRESH, remove_dead
 
 SWEEPS, PAUSE_SECONDS = 50, 0.1
-"""Number of searches for processes to kill, and seconds between them. A process may start another one after a search.
-"""
+"""Number of searches for processes to kill, and seconds between them."""
 
 
 def sweep_ray(folder: Path) -> None:
-    """Kill the processes of the Ray that uses this folder, and remove the folder."""
+    """Kill the processes of this folder's Ray, and remove the folder."""
     for _ in range(SWEEPS):
         found = [process for process in psutil.process_iter() if _uses(process, str(folder))]
         for process in found:
@@ -39,8 +38,8 @@ def sweep_ray(folder: Path) -> None:
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether a live process of this user belongs to Ray in this folder. The command line or an open file shows this.
-    Some of Ray's processes replace their command line by a title.
+    """Whether a live process of this user belongs to Ray in this folder, by command line or open file. Some of Ray's
+    processes replace their command line.
     """
     with contextlib.suppress(psutil.Error, OSError):
         line = process.cmdline()
