@@ -30,7 +30,7 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Modules of names for custom training loops. They are not in train/api.py, because they import torch."""
+"""Modules of names for custom training loops, outside train/api.py because they import torch."""
 
 
 def __getattr__(name: str) -> Any:

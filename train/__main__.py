@@ -10,9 +10,9 @@ import signal
 import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
-"""Whether this process runs the command `sluice`. False if another program imports this module."""
+"""Whether this process runs the command `sluice`."""
 COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
-"""The module in train/command of each command after `sluice`. --help prints the module's docstring."""
+"""The module in train/command of each command. --help prints its docstring."""
 if IS_COMMAND:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
@@ -63,13 +63,13 @@ MODE_FUNCTIONS = {
     Mode.prove: "train.prove.run:prove",
     Mode.show_data: "train.data.show_data:show_data",
 }
-"""The function of each mode, as module:function. It takes the settings and returns the exit code."""
+"""The function of each mode, as module:function. It returns the exit code."""
 STARTS_RANKS = (Mode.evaluate, Mode.prove)
 """Modes whose function has a second argument, `alone`; see `do`."""
 
 
 def main(configs: list[Config]) -> int:
-    """Run one job, or a sweep until a job is asked to stop. Returns the worst exit code."""
+    """Run one job, or a sweep. Returns the worst exit code."""
     codes: list[int] = []
     try:
         for config in configs:
@@ -77,7 +77,7 @@ def main(configs: list[Config]) -> int:
             if codes[-1] in (
                 EXIT_STOPPED,
                 EXIT_INTERRUPTED,
-            ):  # a signal stops all jobs of the command, not only the current job
+            ):  # a signal stops all jobs of the command
                 if left := len(configs) - len(codes):
                     say(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
                 break
@@ -93,8 +93,7 @@ def main(configs: list[Config]) -> int:
 
 
 def do(config: Config, alone: bool) -> int:
-    """Run the job's `mode`. Returns the exit code. alone: whether it is this process's only job; then the process may
-    become a rank."""
+    """Run the job's `mode`. Returns the exit code. alone: whether this process may become a rank."""
     try:
         if config.mode is Mode.train:
             return _train(config, alone)
@@ -132,10 +131,7 @@ def _train(config: Config, alone: bool) -> int:
 
 
 def check_before_start(config: Config) -> None:
-    """Run all checks of a start before anything is written, the quickest check first.
-
-    They find an impossible layout, too little disk space or memory, a checkpoint of another model, and unreadable data.
-    """
+    """Run all checks of a start, the quickest first. Raises UserError before anything is written."""
     from train.checkpoint.run_folder import check_space, resume_point
     from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model
     from train.data.corpus import build_corpus
@@ -147,7 +143,7 @@ def check_before_start(config: Config) -> None:
 
     check_layout(config)
     if given_place() is not None:
-        # Another program started the ranks. They would time out while rank 0 runs the slow checks.
+        # Another program started the ranks. They would time out during slow checks.
         return
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
@@ -176,7 +172,7 @@ def check_before_start(config: Config) -> None:
 
 
 def _run_rank(config: Config, place: Place) -> int:
-    gc.disable()  # garbage collection would take a sixth of the time of these imports
+    gc.disable()  # garbage collection would take a sixth of the import time
     from train.worker import run_rank  # imports torch, which the driver of other ranks does not need
 
     gc.enable()
@@ -184,7 +180,7 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Plans a run. Returns a summary line, the run's hours, and the host bytes for tensors on the fullest node."""
+    """Plans a run. Returns a summary line, hours, and the largest host bytes of a node."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)
@@ -196,14 +192,14 @@ def _plan_of_job(config: Config) -> tuple[str, float, float]:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception with escapes for invisible characters, which may be untrusted."""
+    """Print an uncaught exception, with escapes for invisible characters."""
     import traceback
 
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
 
 
 def command() -> int:
-    """Run the command after `sluice` or `python -m train`. Returns the exit code."""
+    """Run the command `sluice`. Returns the exit code."""
     os.environ |= environment_of_children()
     sys.excepthook = _show_bug
     let_output_be_lost()
@@ -236,7 +232,7 @@ def _command(words: list[str]) -> int:
 
 
 def command_alone() -> int:
-    """Run the command in its own process, and end the process; see `leave`."""
+    """Run the command, and end the process; see `leave`."""
     return leave(command())
 
 

@@ -1,11 +1,11 @@
-"""Defines Sluice's commands as functions for Python programs and notebooks. `import train` makes them available.
+"""Defines Sluice's commands as Python functions. `import train` makes them available.
 
     config = train.compose("conf=tiny", "steps=20", "name=first")
     run = train.run(config)
     model = train.load(run.folder)
     print(train.complete(model, "def main(", tokens=40))
 
-A setting is a string like an argument of the command line. An invalid setting raises conf.errors.UserError.
+Settings are strings, as on the command line. An invalid setting raises conf.errors.UserError.
 """
 
 import os
@@ -34,7 +34,7 @@ __all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load
 
 
 class RunFailed(RuntimeError):
-    """A run ended with a nonzero exit code; its output gives the cause. code: see conf/errors.py."""
+    """A run ended with a nonzero exit code (conf/errors.py)."""
 
     def __init__(self, folder: Path, code: int):
         super().__init__(f"the run in {folder} ended with exit code {code}; see its last output")
@@ -55,13 +55,12 @@ class RunResult:
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns a dictionary for each recorded step: scalars and events of train/metrics/names.py. Non-finite values
-        are NaN."""
+        """Returns scalars and events of each recorded step (train/metrics/names.py). Non-finite values are NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":
-        """Returns the records as a data frame indexed by step. Raises UserError without pandas."""
+        """Returns the records as a data frame, indexed by step."""
         try:
             import pandas
         except ImportError as error:
@@ -72,16 +71,13 @@ class RunResult:
 
 
 def compose(*words: str) -> Config:
-    """Composes and checks settings from arguments. Raises UserError for unknown, invalid or conflicting settings."""
+    """Composes and checks settings from arguments. Raises UserError."""
     return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:
-    """Run config.mode like the command `sluice`: train (or resume), evaluate, export, plan, ...
-
-    Ranks are separate processes, so this process can start more runs. Raises UserError if the start is refused, and
-    RunFailed if the run fails after its start.
-    """
+    """Run config.mode like the command `sluice`. Raises UserError if the start is refused, RunFailed if the run fails
+    later."""
     from train.__main__ import do
 
     folder = RunPaths(config).path
@@ -95,7 +91,7 @@ def run(config: Config) -> RunResult:
 
 
 def open_run(folder: Path | str) -> RunResult:
-    """Opens an existing run, which may still train. Raises UserError if the folder is not a run."""
+    """Opens an existing run. Raises UserError if the folder is not a run."""
     folder = Path(folder).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
         raise UserError("folder", folder, "is not a run: it has no config.yaml", "give runs/NAME of a run")
@@ -103,12 +99,12 @@ def open_run(folder: Path | str) -> RunResult:
 
 
 def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
-    """Builds the model of a recipe in this process, with the initial weights of a run and the recipe's precision.
+    """Builds a recipe's model in this process, with the initial weights of a run, in train mode.
 
-    `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,) in nats per token: the next-token loss plus
-    MTP's loss times `model.mtp_weight`. `model.logits(tokens)` takes token ids (B, T) and returns logits (B, T,
-    vocabulary). The model is in train mode. For complete training steps, use `open_engine`. Raises UserError if the
-    memory is too small.
+    - `model(tokens)`: token ids (B, T + 1); returns the loss (1,) in nats per token, including MTP's weighted loss
+    - `model.logits(tokens)`: token ids (B, T); returns logits (B, T, vocabulary)
+
+    For training steps, use `open_engine`. Raises UserError if the memory is too small.
     """
     import torch
 
@@ -132,10 +128,9 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 
 
 def load(path: Path | str, *overrides: str) -> "LoadedModel":
-    """Loads a model from a run, a checkpoint or a Hugging Face folder, to generate text with `complete`.
+    """Loads a model from a run, a checkpoint or a Hugging Face folder, for `complete`. Raises UserError.
 
     `decoder.model` of the result is the torch module, in eval mode. overrides: settings such as cluster.device=cpu.
-    Raises UserError if the source is missing, damaged or too large for the memory.
     """
     from cluster.place import Place
     from train.generate.source import open_weights
@@ -146,13 +141,12 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
-    """Returns the continuation of a prompt. tokens: maximum of new tokens. how: temperature, top_p and seed, as in
-    section `generate`."""
+    """Returns the continuation of a prompt. how: settings of section `generate`."""
     from train.generate.generation import complete as continuation
 
     return continuation(model, prompt, tokens=tokens, **how)
 
 
 def _quoted(text: str) -> str:
-    """Quotes a value for Hydra, where a backslash is special only before a quote."""
+    """Quotes a value for Hydra: a backslash is special only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'

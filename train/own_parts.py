@@ -16,7 +16,7 @@ from train.parallelize import make_loss
 
 
 def check_own_code(config: Config) -> None:
-    """Raise UserError for missing or unsuitable user code. Data code is tested when the corpus is built."""
+    """Raise UserError for missing or unsuitable user code, except data code."""
     for name in ("block", "router"):
         if section := getattr(config.model, name):
             with refused(f"model.{name}", section[TARGET], "making it"):
@@ -31,8 +31,7 @@ def check_own_code(config: Config) -> None:
 
 
 def _buffers(model: Model) -> set[str]:
-    """Returns the names of the buffers in a checkpoint of this model. The function builds at most one dense block and
-    one MoE block."""
+    """Returns the names of the buffers in a checkpoint of this model."""
     last = min(model.dense_layers, model.layers - 1)
     layers = range(max(0, last - 1), last + 1)
     kernels = HighPrecision(torch.float32, PlainKernels())

@@ -1,8 +1,4 @@
-"""Builds the chunks of a rank. A chunk is the part of the model in one pipeline stage.
-
-The order is fixed: split the layers into stages, build each chunk, allocate and initialise its weights, wrap it for
-training.
-"""
+"""Builds the chunks of a rank: the model's parts in its pipeline stages."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -52,9 +48,8 @@ def parallelize(
 ) -> ParallelModel:
     """Build this rank's chunks with weights drawn from config.seed, and wrap them for training.
 
-    restored: whether the caller will fill all weights from a checkpoint; then no weights are drawn. dispatcher: sends
-    tokens to experts. layers: the layers of every stage. share: exchanges data for context parallelism. Only a dry run
-    passes the last three arguments; otherwise the layout determines them.
+    restored: whether a checkpoint will fill all weights; then none are drawn. Only a dry run passes `dispatcher`,
+    `layers` (of every stage) and `share`.
     """
     in_turn = config.parallel.zero == 3 and not config.adapter.on  # a weight gets its memory when it is sharded
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
@@ -114,7 +109,7 @@ def build_rank_model(
 
 
 def make_loss(section: CodeSection) -> Callable[[ModelOutputs], Tensor]:
-    """Returns the user's loss term. section: import path and arguments. Raises UserError."""
+    """Returns the user's loss term. Raises UserError."""
     key = "optim.extra_loss"
     loss = make(key, section)
     require_arguments(key, section, loss, 1, "one argument, the outputs of the model")
@@ -134,7 +129,7 @@ def build_pipeline(
     overlap: bool,
     host: HostStore | None = None,
 ) -> Pipeline[DeepSeekV3]:
-    """Builds the pipeline schedule. Without a pipeline, the model is one chunk: stage 0 of 1."""
+    """Builds the pipeline. Without stages, the model is stage 0 of 1."""
     parallel = config.parallel
     fits = num_stages == sum(map(len, parallel.placement))
     return Pipeline(
@@ -154,8 +149,7 @@ def build_pipeline(
 
 
 def stage_layers(config: Config) -> list[range]:
-    """Returns the layers of every stage by parallel.split. A split by cost balances the operations of the pipeline
-    ranks."""
+    """Returns the layers of every stage, by parallel.split."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
@@ -186,12 +180,10 @@ def build_chunks(
     host: HostStore | None = None,
     hollow: bool = False,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
-    """Builds this rank's chunks with weights drawn from config.seed. Returns the chunks, the indices of their stages,
-    and the number of stages.
+    """Builds this rank's chunks. Returns the chunks, the indices of their stages, and the number of stages.
 
-    layers: the layers of every stage; None: the result of `stage_layers`. restored: see `parallelize`. host: stores the
-    activations that model.offload moves. hollow: whether the weights get no memory here; the caller then draws the
-    weights.
+    layers: the layers of every stage. host: stores offloaded activations. hollow: whether the caller allocates and
+    draws the weights.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -199,7 +191,7 @@ def build_chunks(
     held = config.model.experts // mesh.layout.ep
     dtype, in_blocks = activation_dtype(config.precision), config.adapter.base is BaseFormat.fp8
     chunks: list[DeepSeekV3] = []
-    embedding = None  # if one rank has the first and the last stage, both use the same embedding
+    embedding = None  # a rank with first and last stage uses one embedding
     for stage in stage_ids:
         chunk = DeepSeekV3(
             config.model,
@@ -214,9 +206,7 @@ def build_chunks(
             share=share,
             host=host,
             dtype=dtype,
-            device="meta"
-            if hollow or in_blocks
-            else device,  # otherwise memory would hold the weights in addition to their FP8 blocks
+            device="meta" if hollow or in_blocks else device,  # otherwise memory would hold weights and FP8 blocks
         )
         if in_blocks:
             hold_in_blocks(chunk)
@@ -237,12 +227,12 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """Builds the object, common to all layers, with which ranks exchange parts of a shared sequence."""
+    """Builds the object with which ranks exchange parts of a sequence."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
-    """Builds the object, common to all layers, that sends tokens to experts on other ranks."""
+    """Builds the object that sends tokens to experts on other ranks."""
     return build_dispatcher(
         config.parallel.dispatch,
         experts=config.model.experts,
@@ -258,8 +248,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
 
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
-    """Returns this rank's embedding if another rank has a copy that must remain equal; otherwise None. Two ranks have a
-    copy if the model has MTP modules, and different ranks have the first and the last stage."""
+    """Returns this rank's embedding if another rank has a copy, or None."""
     placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]

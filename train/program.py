@@ -1,8 +1,7 @@
 """Protects the program's imports, checks its packages, and prepares child processes.
 
-`python -m` looks for packages in the working folder first, where a conf.py or torch.py would replace the real package.
-This file fixes the import path. The program therefore imports it before all others, and it needs only the standard
-library.
+`python -m` looks for packages in the working folder first, where a conf.py would replace the real package. The program
+imports this file first. It needs only the standard library.
 """
 
 import importlib.metadata
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Root folder of the program, as conf.schema.ROOT, which cannot be imported yet."""
+"""Root folder of the program, equal to conf.schema.ROOT."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"
 """The program's name for pip; `sluice` on PyPI is another project."""
@@ -37,8 +36,7 @@ def other_system() -> str | None:
 def guard_names() -> None:
     """Remove the working folder from the import path, to which `python -m` has added it.
 
-    If the working folder contains train.py or train/__init__.py, `python -m train` runs that file instead. Only the
-    command `sluice` avoids this.
+    It cannot prevent that `python -m train` runs a train.py in the working folder.
     """
     first = sys.path[0] if sys.path and not sys.flags.safe_path else None
     if first is not None and Path(first or ".").resolve() == Path.cwd() != ROOT:
@@ -46,8 +44,7 @@ def guard_names() -> None:
 
 
 def require_packages() -> None:
-    """End with a one-line error if this Python lacks a required package. Only a checkout is checked; for an installed
-    program, pip has installed the packages."""
+    """End with an error if a checkout lacks a required package."""
     if lacking := list(_lacking()):
         named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} others" if len(lacking) > 3 else "")
         active = ROOT / ".venv" / "bin" / "activate"
@@ -72,9 +69,9 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Returns environment variables with which child processes find this program and ignore the working folder."""
+    """Returns variables with which child processes find this program."""
     found = {"PYTHONSAFEPATH": "1"}
-    if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
+    if ROOT.name != "site-packages":  # a checkout, which Python may find only in the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
         found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
     return found
@@ -82,7 +79,7 @@ def environment_of_children() -> dict[str, str]:
 
 @contextmanager
 def keep_environment(names: Collection[str]) -> Iterator[None]:
-    """Context after which these environment variables have their old values, or are unset again."""
+    """Context after which these environment variables have their old values."""
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield
@@ -93,7 +90,7 @@ def keep_environment(names: Collection[str]) -> Iterator[None]:
 
 
 def typed_command() -> list[str] | None:
-    """Returns the command that the user typed; None if another program, such as torchrun, started this one."""
+    """Returns the command that the user typed, or None."""
     started = Path(sys.argv[0]).name
     if started == COMMAND:
         return [COMMAND]

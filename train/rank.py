@@ -1,4 +1,4 @@
-"""Sets up a process as one rank: handles errors, chooses the device, joins the other ranks, and builds the groups."""
+"""Sets up a process as one rank: errors, device, process groups."""
 
 import os
 import sys
@@ -36,14 +36,13 @@ from train.rank_parts import RankSetup
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
-"""Longest wait for data preparation, which may exceed the timeout of collectives."""
+"""Longest wait for data preparation."""
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
     """Run the work of a rank. Return an exit code, even after an error or SystemExit.
 
-    failures: the folder from which a driver reads the errors of ranks; None without a driver. Without a driver, errors
-    are printed, and a UserError is raised.
+    failures: folder for the errors of ranks. None: there is no driver; errors are printed, and a UserError is raised.
     """
     with _marked(place, failures):
         return _guarded(place, failures, work)
@@ -51,8 +50,7 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Context with a marker file for the work of a rank. If the process ends inside the context, the file remains, and
-    the driver finds it."""
+    """Context with a marker file, which remains if the process ends."""
     if failures is None:
         yield
         return
@@ -79,9 +77,9 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
             raise
         if not isinstance(error, StopInterrupt):
             return _report(error, place, failures)
-        if place.rank == 0:  # nothing else tells the user, if all ranks stop in this way
+        if place.rank == 0:  # nothing else tells the user
             say("stopped before the first step; the same command resumes", file=sys.stderr)
-        with suppress(OSError):  # the reason why the other ranks fail, if only this rank got the signal
+        with suppress(OSError):  # the reason why other ranks fail
             words = "this rank alone received a stop signal, before it completed a step"
             Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED
@@ -96,7 +94,7 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
 
 
 def set_up_rank(config: Config, place: Place) -> RankSetup:
-    """Sets up this rank's device and process groups. Collective over all ranks. Raises UserError."""
+    """Sets up this rank's device and process groups. Collective. Raises UserError."""
     device = choose_device(config, place)
     if not dist.is_initialized():  # an earlier engine of this process may have initialised it
         start_process_group(config, place, device)
@@ -105,8 +103,7 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """Chooses this rank's device, and limits the rank to its share of the CPU cores. With a GPU, these are cores of
-    the GPU's NUMA node."""
+    """Chooses this rank's device and CPU cores, near its GPU."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
@@ -121,14 +118,12 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
-    """Start the default group, at the driver's address or through torchrun's store."""
+    """Start the default process group."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" and place.world > 1 else None  # a single rank needs no communicator
     if bound is not None:
-        record_collectives(
-            RunPaths(config).path / "logs"
-        )  # in the run's own folder, because the folder of a node's agent is removed
+        record_collectives(RunPaths(config).path / "logs")  # the folder of a node's agent is removed
     timeout = timedelta(seconds=config.cluster.timeout)
     store: dist.Store | None = None  # None: torch uses torchrun's store
     meeting = given_meeting()
@@ -150,7 +145,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """Run `make` first on one rank of every machine, to fill the cache, then on the other ranks."""
+    """Run `make` on one rank of every machine, then on the others."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
@@ -182,8 +177,7 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Describe a failure by the error that was raised first; the pipeline wraps this error in a longer one.
-    chain: the error and its causes, the first raised error last."""
+    """Describe a failure by its first error. chain: the error and its causes."""
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)
     failure.headline = _first_line(first)

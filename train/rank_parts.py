@@ -1,4 +1,4 @@
-"""The parts of a rank that many files use: device, groups, model and optimizer."""
+"""The parts of a rank: device, groups, model and optimizer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,10 +32,10 @@ class RankModel:
     chunks: "list[DeepSeekV3]"
     pipeline: "Pipeline[DeepSeekV3]"
     dispatcher: "ExchangeDispatcher | None"
-    """Sends tokens to experts on other ranks; None if this rank holds all experts."""
+    """Sends tokens to other ranks' experts; None without them."""
     precision: "HighPrecision | Fp8Precision"
     share: "ContextParallel | None"
-    """Exchanges parts of a sequence with the ranks that share it; None if this rank has complete sequences."""
+    """Exchanges parts of a sequence; None if sequences are complete."""
 
     def routers(self) -> "dict[str, Router]":
         """Returns the routers of all chunks, by layer name."""

@@ -60,7 +60,7 @@ from train.show.writer import open_writer
 
 
 def preload() -> None:
-    """Import DeepSpeed early, unless the rank may use a GPU; see cluster/node/standby.py."""
+    """Import DeepSpeed early on a CPU; see cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 
@@ -75,7 +75,7 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
-    """Train as one rank, explain errors, record communication. failures: None if no driver watches this rank."""
+    """Train as one rank, explain errors, record communication. failures: None without a driver."""
     paths, driven = RunPaths(config), failures is not None
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
@@ -93,7 +93,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
 def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
-    # Until the first step is done, use the longer timeout of the driver: a rank may load or compile slowly.
+    # Use the longer timeout until the first step is done: a rank may load slowly.
     mesh.wait_at_most(max(config.cluster.timeout, config.cluster.start_timeout))
     link_notes = []
     if device.type == "cuda" and place.world > 1:

@@ -1,7 +1,6 @@
 """mode=average: writes a run folder with the mean weights of several checkpoints of any layouts.
 
-The mean is computed in fp64 and written in the dtype of the sources. The result has no optimizer state, because a run
-cannot continue from a mean.
+The folder has no optimizer state.
 """
 
 import math
@@ -30,11 +29,11 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time, which take 2 GB of memory and 0.5 GB in a file."""
+"""Maximum number of elements averaged at a time, in 2 GB of memory."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that do not change a trained model's output."""
+"""Model fields that do not change a trained model's output."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
@@ -44,10 +43,7 @@ StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def write_average(config: Config) -> int:
-    """Write the run folder average.to. Returns the exit code. After an error, nothing is left on the disk.
-
-    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ.
-    """
+    """Write the run folder average.to, completely or not at all. Returns the exit code. Raises UserError."""
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
     first = sources[-1]
@@ -84,8 +80,7 @@ def write_average(config: Config) -> int:
 
 
 def _sources(config: Config) -> list[Manifest]:
-    """Returns the checkpoints that average.of names, oldest first. Raises UserError for fewer than two or a damaged
-    one."""
+    """Returns the checkpoints of average.of, oldest first. Raises UserError."""
     found: list[Manifest] = []
     for given in config.average.of or [str(RunPaths(config).path)]:
         folder = Path(given).expanduser().absolute()
@@ -101,7 +96,7 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer, and both contain all weights."""
+    """Raise UserError if two checkpoints differ in model or tokenizer, or lack weights."""
 
     def refuse(what: str) -> UserError:
         return UserError(
@@ -145,7 +140,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """Write the checkpoint. Each part of the weights becomes one file, like the file of a rank."""
+    """Write the checkpoint. Each part of the weights becomes one file."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)
@@ -166,7 +161,7 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
-    """Splits the elements of all tensors into parts of at most AVERAGED_ELEMENTS. sizes: numbers of elements."""
+    """Splits the elements of all tensors into parts. sizes: numbers of elements."""
     part: dict[str, tuple[int, int]] = {}
     room = AVERAGED_ELEMENTS
     for name, size in sorted(sizes.items()):
@@ -182,7 +177,7 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """Returns the means of this part's elements by tensor name. Raises UserError if a value is not finite."""
+    """Returns the means of this part's elements. Raises UserError for non-finite values."""
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, (_, count) in part.items()}
     read = {name: torch.empty(count, dtype=TORCH[shapes[name][0]]) for name, (_, count) in part.items()}
     for source in sources:

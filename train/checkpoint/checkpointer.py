@@ -1,11 +1,8 @@
-"""Saves checkpoints while the training continues. A failed save does not end the training.
+"""Saves checkpoints while the training continues.
 
-`save` copies the shards to CPU buffers and returns. A thread writes the buffers to disk and takes part in the commit
-(see `train.checkpoint.commit`). After failed retries, the save's folder is removed, and `poll` returns a warning. Only
-the save at the end of the run must succeed: `finish(required=True)` raises SaveFailed.
-
-A save is stuck if, for example, the disk does not answer a write. When the next save is due, the training loop gives up
-the stuck save. No rank commits it, even if its write returns later. The next save uses other buffers.
+`save` copies the shards to CPU buffers. A thread writes the buffers to disk and takes part in the commit
+(`train.checkpoint.commit`). A failed save becomes a warning in `poll`. The next save gives up a stuck save, which no
+rank commits later.
 """
 
 import json
@@ -30,21 +27,17 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save. Below 1, because other ranks may
-already wait for this rank, with the same timeout."""
+"""Fraction of the timeout after which the next save gives up an unfinished save."""
 GRACE = 0.1
-"""Fraction of the timeout in which a given-up save must end and report its error. Otherwise it counts as stuck."""
+"""Fraction of the timeout after which a given-up save counts as stuck."""
 LEAST_GRACE = 1.0
-"""Lower limit, in seconds, of the time that GRACE allows a given-up save."""
+"""Minimum of the time that GRACE gives, in seconds."""
 MOST_STUCK = 2
-"""Maximum number of stuck saves at the same time. Each stuck save occupies buffers."""
+"""Maximum number of stuck saves, which occupy buffers."""
 
 
 class SaveFailed(DiskFailed):
-    """The last save of a run failed, although it was required.
-
-    ranks: the ranks that did not write their files. late: whether the save was only too slow.
-    """
+    """The required last save of a run failed. late: whether ranks were only too slow."""
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
         cure = "free space on the disk, make it writable, or repair the failed disk (see `dmesg`)"
@@ -62,11 +55,11 @@ class SaveResult:
 
     step: int
     path: Path | None
-    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet."""
+    """Path of the checkpoint; None if the save failed."""
     warning: str | None
-    """Error of this save or, for example after a retry, a warning; None without a problem."""
+    """Error of this save, or a warning; None without a problem."""
     fenced: bool
-    """Whether a newer attempt of the run has started, so that this attempt must stop."""
+    """Whether this attempt must stop, because a newer one has started."""
     seconds: float
     """Duration of the save in seconds, without the wait for the previous save."""
     bytes: int
@@ -90,14 +83,14 @@ class SaveInFlight:
     began: float
     """Start time, from time.perf_counter."""
     writes: bool = True
-    """Whether this rank is still writing its data. Afterwards, rank 0's thread waits for the other ranks."""
+    """Whether this rank is still writing its data."""
     over: bool = False
     """Whether the result of the save has been recorded."""
     thread: threading.Thread = field(init=False)
 
 
 class Checkpointer:
-    """Writes a run's checkpoints for one rank of one attempt. All ranks call `save` for the same steps."""
+    """Writes checkpoints for one rank. All ranks call `save` for the same steps."""
 
     def __init__(
         self,
@@ -115,13 +108,12 @@ class Checkpointer:
         staging: int = 0,
         notes: RankNotes | None = None,
     ):
-        """Starts to use the checkpoint folder. Raises AttemptFenced if a newer attempt of the run has started.
+        """Starts to use the checkpoint folder `root`. Raises AttemptFenced if a newer attempt of the run has started.
 
-        `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
-        maximum wait for other ranks, in seconds. `retries`: number of retries after a failed write. `retry_wait`:
-        seconds before the first retry; the wait doubles with each retry. `staging`: maximum size of the buffers in
-        bytes; 0: the size of the saved state. With smaller buffers, the training waits for the disk. `notes`: a channel
-        for error notes that does not need the disk.
+        - attempt: from `commit.next_attempt`, the same on every rank
+        - timeout: maximum wait for other ranks, in seconds
+        - retry_wait: seconds before the first retry; doubled for each further retry
+        - staging: maximum bytes of the buffers; 0: the size of the state
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -134,25 +126,20 @@ class Checkpointer:
         self._stuck: list[SaveInFlight] = []
         """Saves that were given up, but whose threads are still running."""
         self._ending = threading.Lock()
-        """The lock under which a thread sets the result of a save."""
+        """A thread sets the result of a save under this lock."""
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the saving thread appends, and the training loop reads
         self._unsaved: int | None = None
-        """Step of the last requested save; None once the save is reported as successful."""
+        """Step of the last requested save; None after its success."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last one
-        may not exist yet."""
+        """Checkpoints that were the best so far when they were saved, oldest first."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
-
-        First waits for the previous save. If saves are synchronous, also waits for this save. `meta`: JSON values; rank
-        0's are stored.
-        """
+        """Write the checkpoint of `step`, after the previous save. Returns the blocked time in seconds."""
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
-        self._serial += 1  # also increased for a skipped save, because all ranks must use the same index
+        self._serial += 1  # also for a skipped save, because all ranks must use the same index
         self._settle()
         started = time.perf_counter()  # excludes the wait for the previous save
         self._stuck = [flight for flight in self._stuck if flight.thread.is_alive()]
@@ -171,17 +158,14 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def poll(self) -> list[SaveResult]:
-        """Returns the results of the saves that ended since the last call of `poll`. Never waits."""
+        """Returns the results since the last call. Never waits."""
         results = [self._results.popleft() for _ in range(len(self._results))]
         if any(result.ok and result.step == self._unsaved for result in results):
             self._unsaved = None
         return results
 
     def finish(self, required: bool = False) -> list[SaveResult]:
-        """Wait for the save in progress, and return the results like `poll`.
-
-        `required`: raise SaveFailed if the last save failed.
-        """
+        """Wait for the save in progress. required: raise SaveFailed if the last save failed."""
         if not required:
             self._settle()
         elif not self._join(self._longest()):
@@ -203,18 +187,15 @@ class Checkpointer:
         return meta
 
     def keep_best(self, step: int) -> None:
-        """Protect the checkpoint of this step, which has the lowest held-out loss, from pruning.
-
-        The protection ends when another checkpoint is protected.
-        """
+        """Protect this step's checkpoint, the best so far, from pruning."""
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """Returns the maximum duration of a save in seconds: `timeout` each for writing, the votes and the lock."""
+        """Returns the maximum seconds of a save: for writing, votes and lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
-        """Wait for the save in progress. Returns False if it still runs after `seconds`."""
+        """Wait for the save in progress. Returns False after `seconds`."""
         if self._flight is not None:
             self._flight.thread.join(max(0.0, seconds))
             if self._flight.thread.is_alive():
@@ -223,7 +204,7 @@ class Checkpointer:
         return True
 
     def _settle(self) -> None:
-        """Wait for the save in progress, but give it up before other ranks would treat this rank as hung."""
+        """Wait for the save in progress, and give it up after SAVE_PATIENCE."""
         flight = self._flight
         if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return
@@ -240,14 +221,14 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """Record the result of a save. A second result of this save is ignored."""
+        """Record the first result of a save; ignore further results."""
         with self._ending:
             if not flight.over:
                 flight.over = True
                 self._results.append(result)
 
     def _skip(self, save: Save, began: float) -> None:
-        """Skip this save and inform rank 0, because too many saves are stuck."""
+        """Skip this save, because too many saves are stuck, and inform rank 0."""
         steps = " and ".join(str(flight.save.step) for flight in self._stuck)
         why = f"rank {self.rank} is still writing those of steps {steps}; a disk that does not answer?"
         text = f"checkpoint of step {save.step} skipped: {why}"
@@ -276,7 +257,7 @@ class Checkpointer:
             failure, ranks, late = str(error), error.ranks, error.late
         except (AttemptFenced, NotCovered) as error:
             failure, ranks = str(error), ()
-        except Exception:  # a bug in Sluice: the loop must report it, because the thread's exception would be lost
+        except Exception:  # a bug in Sluice: otherwise the thread's exception would be lost
             failure = textwrap.indent(traceback.format_exc(), " " * 8).strip()
         if failure is not None:
             self.committer.give_up(save, self.rank, failure)
@@ -290,7 +271,7 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files, with retries. Returns a warning if only a retry succeeded."""
+        """Write this rank's files. Returns a warning if only a retry succeeded."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None
@@ -316,7 +297,7 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints. If this fails, returns a new warning, otherwise `warning`. Raises no error."""
+        """Remove old checkpoints. Returns `warning`, or a new warning if this fails."""
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)
             self.committer.prune(self.keep, self.keep_every, self._protected, best)

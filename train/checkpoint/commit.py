@@ -1,24 +1,19 @@
 """Combines the files of all ranks into one checkpoint. It uses no collectives, because threads must not call them.
 
-1. Every rank writes its data file into checkpoints/.step_N.attempt_A.save_K.tmp/. Then it adds its index by rename.
-   The index is the rank's vote: it declares that the rank's data are on disk.
-2. Rank 0 waits for all votes, merges the indexes into manifest.json, and renames the folder to step_N. That rename is
-   the commit. After it everything is durable.
+1. Every rank writes its data file into a temporary folder. Then it adds its index: a vote that its data are on disk.
+2. Rank 0 waits for all votes, writes manifest.json, and renames the folder to step_N. This rename is the commit.
 
-A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once. If the disk refuses the
-note too, the note goes to the store of the rendezvous. When rank 0 gives up, it removes the folder. A late rank may
-create the folder again; then the next save removes it. A rank that abandons a save (`abandon`) neither votes for the
-save nor commits it.
+A rank that cannot write its data leaves a note: the file rank_R.failed, or an entry in the rendezvous store. Rank 0
+then removes the folder.
 
-Fencing. When a node loses its network, its ranks keep running while a new attempt of the run starts elsewhere. These
-old ranks must not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt
-number. A new attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher
-than its attempt number. One lock protects two operations: raising the number, and checking it before a folder is
-renamed. So a new attempt cannot start between the check and the rename of an old attempt.
+Fencing. A node that loses its network keeps running its ranks while a new attempt of the run starts elsewhere. The old
+ranks must not replace or prune checkpoints of the new attempt:
+- The file `.fence` contains the highest attempt number. A new attempt, or a new launch's driver, raises it.
+- An attempt stops when it reads a higher number than its own.
+- A commit holds a lock, so that the number does not change.
 
-The lock needs a file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). Without it,
-an old attempt may commit a checkpoint after its check, while a new attempt starts. This checkpoint is intact, and
-counts as older than all checkpoints of the new attempt (`Manifest.age`).
+The lock needs flock between hosts (NFSv4, Lustre with -o flock, or one machine). Without it, an old attempt may still
+commit a checkpoint. It counts as older than the new attempt's checkpoints (`Manifest.age`).
 """
 
 import os
@@ -44,14 +39,11 @@ HIDDEN = re.compile(
 
 
 class AttemptFenced(RuntimeError):
-    """A newer attempt of this run has started, so this attempt must stop writing."""
+    """A newer attempt of this run has started: this attempt must stop writing."""
 
 
 class SaveAbandoned(RuntimeError):
-    """This save cannot be committed. The text names the failed rank and the reason.
-
-    late: whether ranks were only too late, without an error.
-    """
+    """This save cannot be committed. late: whether ranks were only too slow."""
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
         super().__init__(text)
@@ -59,24 +51,21 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """Returns the number for a new attempt of the run, higher than every earlier attempt's number.
-
-    root: folder of the run's checkpoints.
-    """
+    """Returns the number for a new attempt of the run."""
     return read_fence(root) + 1
 
 
 @dataclass(frozen=True)
 class Save:
-    """Identifies one save by two numbers, which are the same on all ranks."""
+    """Identifies one save, the same on all ranks."""
 
     step: int
     serial: int
-    """Index of the save within the attempt. It distinguishes several saves of the same step."""
+    """Index of the save within the attempt."""
 
 
 class Committer:
-    """Writes, commits and removes a run's checkpoints, for one rank of one attempt."""
+    """Writes, commits and removes a run's checkpoints, for one rank."""
 
     def __init__(
         self,
@@ -87,29 +76,26 @@ class Committer:
         poll: float = 0.02,
         notes: RankNotes | None = None,
     ):
-        """`timeout`: maximum wait for other ranks or for the lock, in seconds. `poll`: first pause between checks, in
-        seconds. `notes`: channel for error notes; None for a single rank."""
+        """timeout: maximum wait for ranks or the lock, in seconds."""
         self._notes = notes
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
-        """Saves that this rank abandoned. The training loop adds them, and the threads of saves read them."""
+        """Saves that this rank abandoned; the threads of saves read them."""
 
     def enter(self, rank: int) -> None:
         """Prepare the folder for the saves of this rank. Raises AttemptFenced if a newer attempt has started.
 
-        Rank 0 also fences older attempts and removes their incomplete folders. It raises UserError if another process
-        keeps the fence's lock.
+        Rank 0 also fences older attempts and removes their incomplete folders.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
-        if rank == 0:  # not on other ranks, because thousands of ranks would wait for the lock one after another
+        if rank == 0:  # only on rank 0: thousands of ranks would wait for the lock
             self.raise_fence()
             self.sweep()
 
     def raise_fence(self) -> None:
-        """Raise the number in `.fence`, so that all older attempts stop. Raises AttemptFenced if a newer attempt has
-        started."""
+        """Raise the number in `.fence`, which stops older attempts. Raises AttemptFenced."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             if read_fence(self.root) < self.attempt:
@@ -122,17 +108,14 @@ class Committer:
             for folder in self.root.glob(".step_*"):
                 match = HIDDEN.fullmatch(folder.name)
                 if match is None or int(match["attempt"]) >= self.attempt:
-                    continue  # a folder of this attempt: another rank may already write to it
+                    continue  # a folder of this attempt, perhaps already in use
                 if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
                     folder.rename(self.root / match["name"])  # undo the first of two renames of a process that died
                 else:
                     shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write to it
 
     def begin(self, save: Save, rank: int) -> Path:
-        """Create the folder into which all ranks write this save. Raises AttemptFenced.
-
-        Rank 0 also removes the folders of earlier saves that failed.
-        """
+        """Create the folder for this save. Rank 0 also removes folders of failed saves."""
         self._check_fence()
         folder = self._temporary(save)
         older = [
@@ -148,33 +131,30 @@ class Committer:
         return folder
 
     def abandon(self, save: Save) -> None:
-        """Forbid the commit of this save, because the training continues without it. Returns at once."""
+        """Forbid the commit of this save. Returns at once."""
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Check before a retry that the save may still be committed. If not, raises AttemptFenced or SaveAbandoned."""
+        """Raise AttemptFenced or SaveAbandoned if the save can no longer be committed."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; see its log")
 
     def is_overtaken(self) -> bool:
-        """Whether a newer attempt has started, as a possible reason of a failed operation. Never raises OSError."""
+        """Whether a newer attempt has started. Never raises OSError."""
         try:
             return read_fence(self.root) > self.attempt
         except OSError:
             return False  # the caller reports its original error in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
-        """Write this rank's index, which declares that its data are on disk. Raises SaveAbandoned."""
+        """Write this rank's index after its data are on disk. Raises SaveAbandoned."""
         self._check_wanted(save)
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
-        """Remove this rank's files, and tell rank 0 that this rank has failed. Never raises OSError.
-
-        Rank 0 removes the whole folder of the save. why: the reason.
-        """
+        """Remove this rank's files, and tell rank 0 the reason. Never raises OSError."""
         folder = self._temporary(save)
         try:
             if rank == 0:
@@ -191,10 +171,7 @@ class Committer:
         return f"attempt {self.attempt}, save {save.serial} failed"
 
     def await_votes(self, save: Save) -> list[bytes]:
-        """Wait on rank 0 for the index files of all ranks, and return them.
-
-        Raises SaveAbandoned if a rank has failed, or after the timeout.
-        """
+        """Wait on rank 0 for the index files of all ranks. Raises SaveAbandoned."""
         folder, began = self._temporary(save), time.monotonic()
         missing = {index_name(rank): rank for rank in range(self.world_size)}
 
@@ -216,10 +193,7 @@ class Committer:
         return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
-        """Rename the temporary folder to the checkpoint of its step, and return the new path.
-
-        Rank 0 calls this method after all votes. Raises AttemptFenced and SaveAbandoned.
-        """
+        """Commit on rank 0, after all votes. Returns the checkpoint's path."""
         folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
         final = self.path(save)
@@ -227,7 +201,7 @@ class Committer:
         with self._lock():
             self._check_fence()
             self._check_wanted(save)
-            if final.exists():  # an older checkpoint of this step: move it away, as a rename cannot replace a folder
+            if final.exists():  # move the older checkpoint away: a rename cannot replace a folder
                 final.rename(aside)
             folder.rename(final)
             fsync_folder(self.root)
@@ -235,9 +209,8 @@ class Committer:
         return final
 
     def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
-        """Remove old checkpoints on rank 0.
+        """Remove old checkpoints on rank 0, except damaged ones and the following:
 
-        The method keeps the following checkpoints, and never removes damaged folders:
         - the `keep` newest intact ones (0: all)
         - those at multiples of `keep_every` steps
         - the `protected` ones
@@ -251,8 +224,7 @@ class Committer:
                 held = keep_every > 0 and manifest.step % keep_every == 0
                 if held or manifest.folder in protected:
                     continue
-                # Rename the folder first. Otherwise a reader might find a partly removed folder and report it as a
-                # damaged checkpoint.
+                # Rename first: readers would report a partly removed folder as damaged.
                 doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))
         for folder in doomed:
             shutil.rmtree(folder)
@@ -279,10 +251,7 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` at growing intervals until it returns true.
-
-        Returns False after the timeout, or when `vain` returns true (further waiting is useless).
-        """
+        """Call `ready` until it is true. Returns False after the timeout, or if `vain` is true."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
             if time.monotonic() > deadline or vain():

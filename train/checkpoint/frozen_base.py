@@ -1,8 +1,4 @@
-"""Reads the frozen base of an adapter and rounds it to block FP8.
-
-`fill_blocks` fills weights in block FP8. `fill_rounded` fills fp32 shards with the same values. A base in block FP8 is
-not changed by the rounding (train/hf/blocks.py).
-"""
+"""Reads the frozen base of an adapter and rounds it to block FP8."""
 
 import math
 from collections.abc import Iterator
@@ -24,9 +20,10 @@ def fill_blocks(
 ) -> None:
     """Fill this rank's bytes of one weight in block FP8.
 
-    name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
-    held: this rank's buffer: the weight's bytes from index `first` on, then padding. fill: reads fp32 values. mark:
-    fingerprint to which the values are added.
+    - ep: number of ranks that share the experts
+    - held: buffer for the weight's bytes from index `first` on; may end with padding
+    - fill: function that reads fp32 values
+    - mark: fingerprint that gets the values
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -46,10 +43,7 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with a base's values, rounded to block FP8 as in training.
-
-    fill: reads the base's stored values. wanted: shards by their names in a checkpoint.
-    """
+    """Fill fp32 shards with a base's values, rounded as in training."""
     plain = {name: shard for name, shard in wanted.items() if not is_held_in_blocks(name)}
     fill(plain)
     for name in wanted.keys() - plain.keys():
@@ -57,7 +51,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """Fill a shard of one weight, matrix by matrix. Reads complete rows of blocks."""
+    """Fill a shard of one weight from complete rows of blocks."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):
@@ -69,10 +63,7 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields groups of matrix rows that together contain the elements [first, stop): (first element, number of rows).
-
-    A group consists of complete block rows of one matrix. rows, columns: shape of each matrix.
-    """
+    """Yields (first element, number of rows) of complete block rows that contain [first, stop)."""
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):
         low, high = max(first - matrix * size, 0), min(stop - matrix * size, size)

@@ -1,21 +1,17 @@
-"""Defines the files of a checkpoint folder and verifies them. No torch, because the driver searches checkpoints too.
+"""Defines the files of a checkpoint folder and verifies them. Imports no torch, because the driver uses it.
 
     checkpoints/step_00001234/
-        rank_00000.safetensors    the intervals that rank 0 held: 1-D tensors in the safetensors format
+        rank_00000.safetensors    rank 0's intervals: 1-D tensors in the safetensors format
         rank_00000.json           its index: the place of each interval, and a CRC-32 for every block of the data
         ...
         manifest.json             written last: meta, the size of every file, the CRC-32 of every index, and for
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
-The checksums form a chain. The manifest ends with a CRC-32 of its content, and it contains the CRC-32 of each index. An
-index contains checksums of the header and of every block of its data file. A run uses only checked bytes.
-
 There are two verifications:
-- fast: checks the manifest and the size of every file. It detects the effects of crashes, full disks and partial
-  copies, and is used to select the checkpoint to resume from.
-- full: reads all bytes. Tools and tests use it.
+- fast: the manifest and the file sizes. It detects crashes, full disks and partial copies.
+- full: all bytes
 
-Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
+A run uses only checked bytes. Nothing is pickled, so an untrusted checkpoint cannot run code.
 """
 
 import json
@@ -35,14 +31,13 @@ from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
-"""Version of the format. Every change that older code cannot read increases it."""
+"""Version of the format. An incompatible change increases it."""
 CRC_BLOCK = 4 << 20
-"""Number of bytes of data that one CRC-32 covers. It is a multiple of every element size, so no element is in two
-blocks."""
+"""Bytes that one CRC-32 covers: a multiple of every element size."""
 LARGEST_NUMBER = 2**63 - 1
 """Largest integer that a checkpoint may contain."""
 HOOK_STATE = "hook."
-"""Prefix of the names under which checkpoints store tensors and meta entries of callbacks."""
+"""Prefix of the names of callbacks' tensors and meta entries."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -50,10 +45,7 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Maps names of meta entries to their types, for the entries that Sluice's modes read.
-
-An int is a count, so it must not be negative.
-"""
+"""Types of the meta entries that Sluice reads. An int must not be negative."""
 
 
 class CheckpointDamaged(UserError):
@@ -74,10 +66,7 @@ class CheckpointDamaged(UserError):
 
 
 class Meta(dict[str, Any]):
-    """Everything that a checkpoint stores besides tensors: samples, tokenizer, data, seed, ...
-
-    Reading an entry that is missing or has the wrong type raises CheckpointDamaged.
-    """
+    """Stored values besides tensors. A missing or wrong entry raises CheckpointDamaged."""
 
     def __init__(self, path: Path, stored: dict[str, Any]):
         """path: the path of the file that contains the meta."""
@@ -96,28 +85,27 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical tensor in a checkpoint. The ranks' files contain its intervals."""
+    """One logical tensor; the ranks' files contain its intervals."""
 
     dtype: str
     """Element type in the safetensors format, such as F32 or BF16."""
     shape: tuple[int, ...]
     intervals: list[tuple[int, int, int]]
-    """Intervals of the flattened tensor: (rank, start, count), sorted by start. start, count: in elements."""
+    """Intervals of the flattened tensor, sorted by start: (rank, start, count)."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of one checkpoint. Its checksum was correct when it was read."""
+    """The manifest of one checkpoint, with a correct checksum."""
 
     folder: Path
     step: int
     attempt: int
     world_size: int
     meta: Meta
-    """Everything that the checkpoint stores besides tensors: samples, tokenizer, data, seed, config (settings), ..."""
+    """Values besides tensors: samples, tokenizer, data, seed, config, ..."""
     files: dict[str, list[int]]
-    """Maps a file name to [size in bytes], or to [size, CRC-32] for an index. An index contains the checksums of its
-    data file."""
+    """Maps file names to [bytes], or for an index to [bytes, CRC-32]."""
     tensors: dict[str, Entry] = field(repr=False)
 
     @property
@@ -125,7 +113,7 @@ class Manifest:
         return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
-        """Returns the manifest as JSON values, from which `manifest_of` builds it again on another rank."""
+        """Returns the manifest as JSON values for `manifest_of`."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
@@ -136,16 +124,12 @@ def holds_adapter(meta: dict[str, Any]) -> bool:
 
 
 def seal(body: dict[str, Any]) -> str:
-    """Returns `body` as JSON text, with its CRC-32 as the last key. All versions of the format follow this rule."""
+    """Returns `body` as JSON text, with its CRC-32 as the last key."""
     return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a checkpoint.
-
-    Raises UserError if the folder is not a Sluice checkpoint or its format is too new. Raises CheckpointDamaged if the
-    manifest is damaged.
-    """
+    """Reads a checkpoint's manifest. Raises CheckpointDamaged or another UserError."""
     path = folder / MANIFEST
     ours = re.fullmatch(r"step_\d{8,}", folder.name) is not None
     if not folder.is_dir():
@@ -175,10 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
-    """Builds a manifest from a body in the format of `train.checkpoint.read_shards.merge_indexes`.
-
-    Raises CheckpointDamaged if the body contradicts itself.
-    """
+    """Builds a manifest from a result of `merge_indexes`. Raises CheckpointDamaged."""
     path = folder / MANIFEST
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
@@ -209,13 +190,13 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
 
 
 def _are_counts(found: Any, length: int | None = None) -> bool:
-    """Whether `found` is a list of non-negative integers. length: its required length; None: any."""
+    """Whether `found` is a list of non-negative integers, of this length."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
     return listed and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """Returns the field `name` of the body. Raises CheckpointDamaged if it is missing or is not a `kind`."""
+    """Returns a field of the body. Raises CheckpointDamaged for another type."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -226,7 +207,7 @@ def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """Reads the index of one rank's data file. Raises CheckpointDamaged if the index does not match the manifest."""
+    """Reads the index of one rank's data file. Raises CheckpointDamaged."""
     path = manifest.folder / index_name(rank)
     try:
         text = path.read_bytes()
@@ -238,7 +219,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
 
 
 def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
-    """Parses the text of an index. Raises CheckpointDamaged if the index does not match the manifest."""
+    """Parses an index and compares it with the manifest. Raises CheckpointDamaged."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise CheckpointDamaged(path, "its checksum does not match the manifest's")
@@ -266,11 +247,7 @@ def _is_place(found: Any) -> bool:
 
 
 def verify(folder: Path, full: bool = False) -> list[str]:
-    """Verifies a checkpoint. Returns the problems of its files; an empty list if it is intact.
-
-    full: compare every byte with the checksums, instead of only the manifest and the file sizes. Raises UserError if
-    the folder is not a checkpoint, or its format is too new.
-    """
+    """Returns the problems of a checkpoint's files. full: read every byte."""
     try:
         return _problems(read_manifest(folder), full)
     except CheckpointDamaged as error:
@@ -289,7 +266,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
 
 
 def check_data(manifest: Manifest, rank: int) -> None:
-    """Read one rank's data file completely. Raises CheckpointDamaged at the first wrong checksum."""
+    """Read and check one rank's data file. Raises CheckpointDamaged."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
     try:
@@ -309,8 +286,7 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, one text for each file. Only checkpoints that are, or may be, newer than
-    `manifest` are listed."""
+    """Problems of damaged checkpoints that may be newer than `manifest`."""
 
     @property
     def path(self) -> Path | None:
@@ -318,11 +294,7 @@ class FoundCheckpoint:
 
 
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """Finds the newest intact checkpoint in a run's folder checkpoints/.
-
-    full: as in `verify`. `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if a
-    checkpoint has a newer format, because a run that skips it would lose training.
-    """
+    """Finds the newest intact checkpoint in `root`. Raises UserError for a newer format."""
     while True:
         warnings: list[str] = []
         for manifest in _newest_first(root, warnings):
@@ -339,15 +311,12 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
 
 
 def checkpoints(root: Path) -> list[Manifest]:
-    """Returns the manifests of the checkpoints in `root` that pass the fast verification, newest first."""
+    """Returns the checkpoints that pass the fast verification, newest first."""
     return [manifest for manifest in _newest_first(root, []) if not _problems(manifest, full=False)]
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """Returns the manifests in `root` with a correct checksum, newest first.
-
-    Adds the problems of damaged manifests to `warnings`.
-    """
+    """Returns the undamaged manifests in `root`, newest first. Adds problems to `warnings`."""
     while True:
         sound: list[Manifest] = []
         damaged: list[str] = []

@@ -1,9 +1,8 @@
 """Writes and reads a rank's copies in memory (see cluster/node/copy_store.py).
 
-`save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node
-and of the next node. The files of all ranks for one step are a set. Before a save, all ranks find the newest set that
-is complete on both nodes of every rank. Nodes do not delete this set, so a complete set exists at any moment. A failed
-save becomes a warning in `poll`.
+A thread writes each copy to a file in the memory of the rank's node and of the next node. The files of all ranks for
+one step are a set. Nodes keep the newest complete set until a newer set is complete. A failed save becomes a warning in
+`poll`.
 """
 
 import json
@@ -32,15 +31,14 @@ from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
-"""Maximum number of sets of copies on a node. A set is the files of all ranks for one step."""
+"""Maximum number of sets of copies on a node."""
 
 
 class MemoryCopies:
-    """Copies one rank's state to the memory of nodes, during one attempt. All ranks call `save` for the same steps."""
+    """Copies one rank's state to the memory of nodes, during one attempt."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
-        """shelves: the nodes, and the sets of copies on them. token: authenticates this rank to other nodes. timeout:
-        maximum wait for another node, in seconds."""
+        """token: authenticates this rank. timeout: maximum wait for a node, in seconds."""
         self.shelves, self.token, self.rank, self.world_size = shelves, token, rank, world_size
         self.attempt, self.timeout = attempt, timeout
         home = shelves.home(rank)
@@ -48,10 +46,9 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """Name of the set of copies that this attempt resumed from. It is kept until a newer set is complete."""
+        """Name of the set of copies that this attempt resumed from."""
         self._stored = -1
-        """Newest step whose file this rank has stored on its node and on the next node, if there is one; -1 without
-        such a step."""
+        """Newest step that this rank has stored on its node and on the next node; -1: none."""
         self._asked = -1
         """Step of the last requested save; -1 if there is none."""
         self._stage: StagingBuffers | None = None
@@ -60,10 +57,7 @@ class MemoryCopies:
         self._warnings: deque[str] = deque()  # the saving thread appends, and the training loop reads
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Copy the state after `step`. Returns the seconds that the caller was blocked. Collective.
-
-        First waits for the previous save. `meta`: JSON values, the same on every rank.
-        """
+        """Copy the state after `step`. Returns the blocked seconds. Collective."""
         began = time.perf_counter()
         ready = self._join()
         kept = self._agree_on_kept()
@@ -83,10 +77,7 @@ class MemoryCopies:
         return time.perf_counter() - began
 
     def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
-        """Copy the state at the end of a run, and wait for the copy. Collective.
-
-        Returns whether all ranks have completed their copies.
-        """
+        """Copy the final state. Returns whether all ranks have succeeded. Collective."""
         if self._asked != step:
             self.save(step, shards, meta)
         self._join()
@@ -97,10 +88,7 @@ class MemoryCopies:
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def _join(self) -> bool:
-        """Wait for the thread of the previous save. Returns whether the thread has ended.
-
-        Stops waiting before other ranks would treat this rank as hung.
-        """
+        """Wait for the previous save. Returns whether its thread has ended."""
         if self._thread is not None:
             self._thread.join(max(0.0, self._began + SAVE_PATIENCE * self.timeout - time.perf_counter()))
             if self._thread.is_alive():
@@ -109,7 +97,7 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Returns the name of the set of copies to keep until the next set is complete; empty without a set."""
+        """Returns the name of the set to keep, or an empty text."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -118,8 +106,7 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the newest step whose file every rank has stored (the minimum of `_stored`); -1 without such a step.
-        Collective."""
+        """Returns the minimum of `_stored` over all ranks. Collective."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
@@ -133,11 +120,7 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Write the file to this rank's node and then to the next node, if there is one: first the data, then the
-        index.
-
-        kept: name of the set of copies to keep.
-        """
+        """Write the data file and then its index, to this node and the next node."""
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -150,11 +133,9 @@ class MemoryCopies:
                     peer.put(id.name, folder / name, kept)
 
     def require_room(self, shards: dict[str, Shard]) -> str | None:
-        """Check before the first save that the copies of all ranks fit into the memory of their nodes. Collective.
+        """Check that the copies of all ranks fit into the memory of their nodes. Collective.
 
-        Returns None if they fit. If they do not fit:
-        - If the run has all its ranks, raises UserError.
-        - If the run continues on fewer nodes, returns the reason why it makes no copies.
+        If they do not fit, raises UserError. For a run on fewer nodes, returns the reason instead.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -181,11 +162,7 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Returns the manifest of the set of copies from which the run resumes, or None. Only one rank calls this
-        method.
-
-        Raises CheckpointDamaged if a file is missing, or if the files do not cover the tensors.
-        """
+        """Returns the manifest of the copies to resume from, or None. Raises CheckpointDamaged."""
         if self.shelves.resume is None:
             return None
         folder, files = Path(self.shelves.resume), self.files()
@@ -199,15 +176,12 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Keep the loaded set of copies until a newer set is complete."""
+        """Keep the loaded set until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 
 class ShelfFiles:
-    """Reads the copies in memory from which a run resumes, on this node or on other nodes.
-
-    Implements `train.checkpoint.read_shards.Files`.
-    """
+    """Reads the copies in memory that a run resumes from, on any node."""
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
         assert shelves.resume is not None
@@ -231,6 +205,6 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """Connects to a node that holds this rank's file. If several nodes do, this node's index selects one."""
+        """Connects to one of the nodes that hold this rank's file."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

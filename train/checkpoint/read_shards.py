@@ -1,8 +1,4 @@
-"""Loads a checkpoint of any layout into live shards.
-
-Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. A rank
-reads the blocks that contain its elements, and compares each block with its CRC-32 before use.
-"""
+"""Loads a checkpoint of any layout into live shards, with CRC-32 checks."""
 
 import json
 import math
@@ -33,7 +29,7 @@ from train.checkpoint.manifest import (
 )
 from train.checkpoint.staging import DTYPES
 
-# Functions for intervals of flattened tensors: they check coverage, and merge the intervals of all ranks into a table.
+# Intervals of flattened tensors: coverage, and a table of all ranks' intervals.
 
 
 class NotCovered(ValueError):
@@ -41,10 +37,7 @@ class NotCovered(ValueError):
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """Returns the first element in [start, stop) that no interval contains; None without such an element.
-
-    intervals: pairs (start, count), sorted by start.
-    """
+    """Returns the first element in [start, stop) outside of all intervals, or None."""
     reached = start
     for begin, count in intervals:
         if begin > reached:
@@ -54,11 +47,7 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
 
 
 def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
-    """Builds the body of the manifest from the index files of ranks 0, 1, ...
-
-    Intervals of different ranks may overlap, because ranks may hold replicas. Raises NotCovered if no rank wrote some
-    element of a tensor.
-    """
+    """Builds the manifest's body from all index files. Raises NotCovered."""
     ranks = [json.loads(text) for text in indexes]
     tensors: dict[str, tuple[str, list[int], list[tuple[int, int, int]]]] = {}
     files: dict[str, list[int]] = {}
@@ -94,12 +83,12 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Maps a stored dtype to other dtypes, which represent all of the stored values exactly."""
+"""Maps a stored dtype to others that represent its values exactly."""
 
 
 @dataclass
 class FilePiece:
-    """A part of a wanted shard, all of whose bytes are in one file."""
+    """The part of a wanted shard that one file contains."""
 
     name: str
     start: int
@@ -109,14 +98,11 @@ class FilePiece:
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""A function that reads bytes of a file, from a byte position, into the given memory.
-
-It returns the number of bytes read.
-"""
+"""Reads bytes of a file, from a position, into memory. Returns their number."""
 
 
 class Files(Protocol):
-    """Reads the files of a checkpoint, on disk or on other nodes. Its methods may raise OSError."""
+    """Reads a checkpoint's files, on disk or on other nodes. Raises OSError."""
 
     def index(self, rank: int) -> bytes:
         """Returns the index of a rank's data file."""
@@ -141,23 +127,16 @@ class FolderFiles:
 
 
 def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill the memory of every wanted shard from the checkpoint in `path`.
+    """Fill the wanted shards from the checkpoint in `path`. Returns its meta, with `step`, `attempt` and `world_size`.
 
-    rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, with `step`,
-    `attempt` and `world_size`.
-
-    Raises UserError before any shard changes if the folder is not a checkpoint, has a newer format, or does not fit
-    `wanted`. Raises CheckpointDamaged (a UserError) for a missing file or a wrong checksum; then some shards may be
-    filled.
+    rounded: whether values may be rounded to a shard's smaller dtype. Raises UserError before any shard changes. Raises
+    CheckpointDamaged, perhaps after some shards are filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest was already read. Its files may be on disk or on other nodes.
-
-    rounded: as in `load_shards`.
-    """
+    """Like `load_shards`, for a manifest that was already read, and files on any node."""
     pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard, rounded):
@@ -174,7 +153,7 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Splits a wanted shard into pieces. Returns pairs: the rank whose file contains the piece, and the piece."""
+    """Splits a wanted shard into pieces: (rank with the file, piece)."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -196,7 +175,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
 
 
 def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
-    """Returns the manifest's entry for a wanted tensor. Raises UserError if its shape or dtype does not fit."""
+    """Returns the manifest's entry for a wanted tensor. Raises UserError."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
@@ -228,7 +207,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill the pieces that one rank's file contains, in file order, so a block that two pieces share is read once."""
+    """Fill the pieces that one rank's file contains, in file order."""
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:
@@ -267,7 +246,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read block `number` of the data into `buffer`. Raises CheckpointDamaged for a short block or a wrong checksum."""
+    """Read block `number` into `buffer`. Raises CheckpointDamaged."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

@@ -1,21 +1,19 @@
-"""Manages the folder of a run: its files, its lock, and the checkpoint to resume from. No torch, because the driver
-uses this file.
+"""Manages a run's folder: its files, its lock, and the checkpoint to resume from. No torch, because the driver uses it.
 
 runs/NAME/
     config.yaml        every setting, resolved; the ranks read it
     tokenizer.json     the run's tokenizer, with tokenizer_config.json
     metrics.jsonl      one JSON object for each step
-    timeline.json      timeline of sampled steps of a pipeline, see train/metrics/timeline_file.py
+    timeline.json      timeline of sampled pipeline steps, see train/metrics/timeline_file.py
     checkpoints/       see train/checkpoint/manifest.py
     logs/rank_N.log
     starts.json        command, code and machine of each start, see train/metrics/origin.py
     sample.json        text that the model generated at the end
-    best.json          step and held-out loss of the checkpoint that checkpoint.keep_best keeps
+    best.json          step and held-out loss of the best checkpoint (checkpoint.keep_best)
     report.html
     wandb/
-    .lock              locked while the driver of the run lives; contains its process and host
-    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may live longer than its driver, so a
-                       new start waits until rank 0 releases this lock.
+    .lock              locked while the run's driver lives; contains its process and host
+    .rank_0.lock       locked (shared) while a rank 0 of the run lives
 """
 
 import fcntl
@@ -54,19 +52,18 @@ from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intac
 
 BEST = "best.json"
 WANDB_PLACE = "place.json"
-"""File in `wandb/` with project, entity and group of this folder's W&B run."""
+"""File in `wandb/` with project, entity and group of the W&B run."""
 WANDB_NAMES = ("project", "entity", "group")
 
 
 class RunFolder(RunPaths):
-    """A run folder that this process has locked. `close`, or the end of `with`, releases the lock."""
+    """A run folder that this process has locked until `close`."""
 
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
-        """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
+        """Create and lock the folder, and write config.yaml. checkpoint_bytes: estimated size of one checkpoint.
 
-        First waits for a rank 0 of an earlier start that still runs without its driver. Raises UserError in these
-        cases, and leaves an existing folder unchanged:
-        - this rank 0 does not end
+        First waits for the end of an earlier rank 0. Raises UserError, and leaves an existing folder unchanged, if:
+        - that rank 0 does not end
         - a live run holds the folder, or another user owns it
         - the disk lacks space for the checkpoints
         - the run has checkpoints and resume=never
@@ -93,7 +90,7 @@ class RunFolder(RunPaths):
             raise
 
     def take_back(self) -> None:
-        """Restore the old config.yaml after the ranks refused to start. The old settings belong to the checkpoints."""
+        """Restore the old config.yaml, because the ranks refused to start."""
         try:
             if self._before is None:
                 self.config_path.unlink()
@@ -120,11 +117,7 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """Returns a context in which rank 0 holds its lock on the run folder.
-
-    The lock is shared: after a node is disconnected, rank 0 of the old and of the new attempt may both hold it. A new
-    start of the run takes the lock for a moment, to see whether a rank 0 holds it.
-    """
+    """Returns a context in which rank 0 holds its shared lock."""
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
     try:
@@ -138,10 +131,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 
 
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
-    """Wait until the rank 0 of an earlier start has ended.
-
-    Raises UserError if rank 0 runs longer than a rank may run without its driver.
-    """
+    """Wait for the end of an earlier start's rank 0. Raises UserError."""
     handle = open_lock(path)
     try:
         limit = longest_afterlife(config)
@@ -168,7 +158,7 @@ def _me() -> str:
 
 
 def _holder(handle: int, path: Path) -> str:
-    """Returns a text that names the process that holds the lock, or says that it is unknown."""
+    """Returns a text about the process that holds the lock."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
     if holder is None or (holder[2] == socket.gethostname() and not lives(int(holder[1]))):
@@ -179,7 +169,7 @@ def _holder(handle: int, path: Path) -> str:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver, or a rank 0 without its driver, may write to the run folder."""
+    """Whether a driver or a rank 0 may write to the run folder."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
             handle = open_plain(lock, os.O_RDONLY)
@@ -195,11 +185,10 @@ def is_held(run: Path) -> bool:
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """Finds the checkpoint to start from, and a warning for each damaged checkpoint. The path is None for a new start.
+    """Finds the checkpoint to start from, and warnings for damaged ones. The path is None for a new start.
 
-    `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if `resume` names a damaged
-    checkpoint, or if all are damaged. Before this call, create the Checkpointer of rank 0, which repairs an interrupted
-    commit.
+    Raises UserError if `resume` names a damaged checkpoint, or if all are damaged. Create rank 0's Checkpointer first:
+    it repairs an interrupted commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -218,10 +207,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
 
 
 def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
-    """Finds the intact checkpoint that `given` names. Raises UserError if there is none.
-
-    given: value of the key `field`. None: the newest checkpoint of the run.
-    """
+    """Finds the checkpoint `given`, or the run's newest one. Raises UserError."""
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
     except UserError as error:
@@ -237,8 +223,7 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
 
 
 def _named(path: Path) -> FoundCheckpoint:
-    """Finds the intact checkpoint at this path, or the newest one of the run at this path. Raises UserError without
-    one."""
+    """Finds the checkpoint `path`, or the newest of the run `path`. Raises UserError."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if root.name == "checkpoints":
         found = newest_intact(root)
@@ -257,10 +242,7 @@ def _named(path: Path) -> FoundCheckpoint:
 
 
 def wandb_place(run: Path) -> dict[str, str | None]:
-    """Returns project, entity and group of a run folder's W&B run; empty if unknown.
-
-    Earlier versions of Sluice stored these values in config.yaml.
-    """
+    """Returns project, entity and group of the W&B run; may be empty."""
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
             found = read_plain_json(run / "wandb" / WANDB_PLACE)
@@ -272,7 +254,7 @@ def wandb_place(run: Path) -> dict[str, str | None]:
 
 
 def _make(config: Config, root: Path) -> None:
-    """Create the run folder if it is missing. Raises UserError if that fails, or another user owns the folder."""
+    """Create the run folder if it is missing. Raises UserError."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -289,9 +271,9 @@ def _make(config: Config, root: Path) -> None:
 
 
 def _lock(path: Path, name: str) -> int:
-    """Returns a file handle that holds the lock. If another process holds the lock, raises a UserError that names it.
+    """Returns a handle that holds the lock. Raises a UserError that names another holder.
 
-    The lock file is never removed, because then two processes could lock two different files.
+    The lock file is never removed: two processes could then lock two files.
     """
     handle = open_lock(path)
     try:
@@ -340,23 +322,19 @@ def write_best(folder: Path, step: int, loss: float) -> None:
 
 
 def best_step(folder: Path) -> int | None:
-    """Returns the step of the checkpoint with the lowest held-out loss; None without a readable best.json."""
+    """Returns the step of the best checkpoint; None without a readable best.json."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_plain_json(folder / BEST)["step"])
     return None
 
 
 def check_space(config: Config, checkpoint_bytes: int) -> None:
-    """Raise UserError if the disk lacks space for the checkpoints.
-
-    The maximum number at one time is checkpoint.keep, plus the one being written, the best one (checkpoint.keep_best),
-    and the one to resume from. Existing checkpoints are subtracted.
-    """
+    """Raise UserError if the disk lacks space for the checkpoints."""
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))
     most = (
         config.checkpoint.keep + 1 if config.checkpoint.every else 1
-    )  # without checkpoints during training, the run saves only one, at its end
+    )  # without checkpoints during training, only one is saved
     most += config.checkpoint.keep_best
     copies = max(1, most + (there > 0) - there)
     place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())

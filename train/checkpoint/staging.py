@@ -1,10 +1,10 @@
-"""Copies live shards to a rank's data file, in two steps.
+"""Writes live shards to a rank's data file, in two steps.
 
-`StagingBuffers.copy` copies the shards into CPU buffers that have the layout of the file. Then the training continues.
-`StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later saves reuse the
-buffers, because the allocation of page-locked memory is slow.
+1. `StagingBuffers.copy` copies the shards into CPU buffers. Then the training continues.
+2. `StagingBuffers.write` writes the buffers in a thread, with a CRC-32 for each block.
 
-The file has the safetensors format. The library's writer has neither checksums nor fsync, so it is not used.
+Later saves reuse the buffers, because allocating page-locked memory is slow. The safetensors library is not used,
+because it has neither checksums nor fsync.
 """
 
 import json
@@ -43,24 +43,23 @@ DTYPES = {
 }
 """Maps dtypes to their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Maximum number of bytes in one write call. It is small, so that the rank shows progress even on a slow disk."""
+"""Maximum bytes of one write call: small, to show progress."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-"""Maps dtype names in the safetensors format to the bytes of an element."""
+"""Maps safetensors' dtype names to the bytes of an element."""
 
 
 @dataclass(frozen=True)
 class StagedLayout:
-    """The positions of shards in the data part of a rank's file."""
+    """The positions of shards in a rank's data file."""
 
     places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
-    """Maps a shard's name to (dtype, shape of the logical tensor, start, count, first byte in the data part). start,
-    count: in elements."""
+    """Maps a shard's name to (dtype, logical shape, first element, count, first byte)."""
     header: bytes
     data_bytes: int
 
 
 def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
-    """Computes the file layout for these shards. Each shard is a one-dimensional interval in the file."""
+    """Computes the file layout for shards, as one-dimensional intervals."""
     for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
     header, offsets, size = safetensors_header(
@@ -76,10 +75,10 @@ def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
 def safetensors_header(
     tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int], int]:
-    """Builds the header of a file with these tensors. tensors: (name, dtype name, shape).
+    """Builds the header of a file with tensors: (name, dtype name, shape).
 
-    Returns the header, the first byte of each tensor in the data part, and the bytes of the data part. Large elements
-    come first, so all elements are aligned without padding, which the format forbids.
+    Returns the header, each tensor's first byte in the data part, and the bytes of the data part. Tensors with large
+    elements come first, because the format forbids padding.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
@@ -93,25 +92,18 @@ def safetensors_header(
 
 
 class StagingBuffers:
-    """The buffers of one rank. They hold the data of one save at a time."""
+    """The buffers of one rank, for one save at a time."""
 
     def __init__(self, pinned: bool, most: int = 0):
-        """`pinned`: whether the buffers are page-locked, for fast copies from a GPU.
-
-        `most`: maximum size of the buffers in bytes (one segment or more); 0: the size of the state. A larger state is
-        copied part by part while it is written.
-        """
+        """pinned: whether buffers are page-locked. most: maximum bytes; 0: the size of the state."""
         self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
         self._live: dict[str, Shard] = {}
-        """Shards of the current save while they are not completely copied; otherwise empty."""
+        """Shards of the current save until they are completely copied."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Copy the shards. Then the caller may change the shards.
-
-        If `in_pieces` is true, the caller may change the shards only after `write` returns.
-        """
+        """Copy the shards. If `in_pieces` is true, `write` copies them."""
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:
@@ -120,7 +112,7 @@ class StagingBuffers:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether the state of the current save is larger than the buffers."""
+        """Whether the current state is larger than the buffers."""
         return self._room < self.layout.data_bytes
 
     @property
@@ -128,7 +120,7 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Copy bytes of the data part into the buffers until they are full. start: first byte."""
+        """Fill the buffers with the data part, from the byte `start` on."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)
@@ -144,7 +136,7 @@ class StagingBuffers:
             torch.cuda.synchronize(device)
 
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
-        """Write this rank's data file and fsync it. Returns the content of its index. Raises OSError."""
+        """Write this rank's data file and fsync it. Returns its index."""
         header, blocks, left = self.layout.header, Checksums(), self.layout.data_bytes
         path = folder / data_name(rank)
         with naming(path, len(header) + left), open(path, "wb", buffering=0, opener=open_plain) as file:
@@ -168,10 +160,7 @@ class StagingBuffers:
         }
 
     def _fit(self, size: int) -> None:
-        """Resize the list of segments to `size` bytes in total, and reuse segments that are large enough.
-
-        All segments except the last have the same maximum size.
-        """
+        """Resize the segments to `size` bytes in total, and reuse large ones."""
         most = THRESHOLDS.staging_bytes
         wanted = [min(most, size - start) for start in range(0, size, most)]
         kept = self.segments[: len(wanted)]
@@ -185,10 +174,7 @@ class StagingBuffers:
 
 
 class Checksums:
-    """Computes the CRC-32 of every block of data, which is passed in views of any size.
-
-    The last block may be shorter than the other blocks.
-    """
+    """Computes the CRC-32 of every block of data."""
 
     def __init__(self) -> None:
         self.all: list[int] = []

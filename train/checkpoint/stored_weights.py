@@ -1,12 +1,9 @@
-"""Reads the weights of a checkpoint or of a Hugging Face folder, and adds a LoRA adapter if there is one:
+"""Reads the weights of a checkpoint or a Hugging Face folder, and adds a LoRA adapter if there is one:
 
-    W + scale B A       W: a weight of the adapter's base. The sum is computed in fp32, and then rounded if needed
+    W + scale B A       computed in fp32; W: a weight of the adapter's base
 
-Checkpoints of an adapter's run contain A and B, and the base is elsewhere. For an adapter in a PEFT folder
-(adapter.path), the checkpoint or folder is the base. Only a few tensors are in memory at a time.
-
-A checkpoint is read into the chunks of a layout, or into one complete model. A Hugging Face folder is read only into
-one complete model.
+A checkpoint of an adapter's run contains A and B, without the base. With adapter.path, A and B are in a PEFT folder,
+and the checkpoint or Hugging Face folder is the base. Only a few tensors are in memory at a time.
 """
 
 import hashlib
@@ -59,11 +56,11 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached. One tensor can contain the matrices of all experts of a layer."""
+"""Number of cached adapter tensors. One tensor may contain a layer's experts."""
 
 
 class StoredLora:
-    """Adds the product of the LoRA matrices A and B to a base."""
+    """Adds the product of A and B to a base."""
 
     def __init__(
         self,
@@ -74,11 +71,9 @@ class StoredLora:
         weights: str | None,
         other: UserError,
     ):
-        """read: a function that returns an A or B in fp32. base: the base's storage format while the adapter was
-        trained.
+        """read: returns an A or B in fp32. base: storage format of the base in training.
 
-        weights: fingerprint (weights_mark.py) of the base with which the adapter was trained, or None. other: the error
-        to raise if the base has another fingerprint.
+        weights: fingerprint of the base in training, or None. other: error for another base.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
@@ -86,23 +81,17 @@ class StoredLora:
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """Returns a function like `fill_base` that rounds the base as in the adapter's training.
-
-        The function also computes the base's fingerprint.
-        """
+        """Returns a function like `fill_base` that rounds as in training and computes the fingerprint."""
         fill = partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
         return fill if self._weights is None else self._mark.watching(fill)
 
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
-        """Raise UserError if the base is not the base with which the adapter was trained.
-
-        Call this method after the base is read completely. gather: as in `WeightsMark.text`.
-        """
+        """Raise UserError if the adapter was trained with another base. Call it after reading the base."""
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale * B A to the elements of adapted matrices. wanted: maps names of weights to fp32 shards."""
+        """Add scale * B A to adapted matrices in fp32 shards."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
@@ -110,7 +99,7 @@ class StoredLora:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards with the base plus the adapter. Each shard is computed in fp32 and then rounded to its dtype."""
+        """Fill shards with base plus adapter, computed in fp32 and then rounded."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -123,11 +112,7 @@ class StoredWeights:
     """Reads all weights of a checkpoint, or a part of them."""
 
     def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
-        """Opens the checkpoint, but reads no weights yet.
-
-        kind: `master`, or `ema` for the moving average (of the adapter, in an adapter's run). Raises UserError if the
-        adapter's base is missing, or is not the base with which the adapter was trained.
-        """
+        """Opens the checkpoint, without reading weights. kind: `master` or `ema`. Raises UserError."""
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
         self._base: FillShards | None = None
@@ -157,12 +142,12 @@ class StoredWeights:
             self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """Returns the fingerprint of the adapter's base (see `mark_of`). The checkpoint must contain an adapter."""
+        """Returns the fingerprint of the adapter's base (see `mark_of`)."""
         assert self._base is not None
         return mark_of(self._base, model)
 
     def read(self, placed: PlacedTensor) -> Tensor:
-        """Returns one LoRA matrix, A or B, of the checkpoint's adapter in fp32."""
+        """Returns one A or B of the checkpoint's adapter in fp32."""
         values = self._whole(placed.ours, placed.whole)
         return values[placed.start : placed.start + placed.count].view(placed.shape)
 
@@ -174,17 +159,14 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name of a weight's tensor in a checkpoint.
-
-    name: the name of this tensor, or of the weight's moving average.
-    """
+    """Returns the checkpoint name of a weight or of its moving average."""
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
     """Returns a function that reads the base of a checkpoint's adapter. Raises UserError.
 
-    The base is first searched at the path in the checkpoint's meta, and then at init_from.
+    It searches the path in the meta, and then init_from.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
@@ -203,10 +185,7 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 
 
 def mark_of(fill_base: FillShards, model: Model) -> str:
-    """Returns a fingerprint that identifies a base in any storage format.
-
-    The fingerprint is a hash of the last norm weight and of the first token's embedding vector.
-    """
+    """Returns a fingerprint of a base: a hash of its norm weight and first embedding."""
     norm, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(
         {
@@ -219,10 +198,7 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
 
 
 def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredLora | None:
-    """Opens the LoRA matrices in a PEFT folder; returns None without a path.
-
-    Raises UserError if the adapter was trained with another base than `fill_base` reads.
-    """
+    """Opens the LoRA matrices in a PEFT folder; None without a path. Raises UserError."""
     if path is None:
         return None
     found = open_adapter(Path(path).expanduser(), model, family)
@@ -256,13 +232,13 @@ def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: Fi
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
-    """Returns the bytes of all weights, including MTP modules. item_bytes: bytes of an element."""
+    """Returns the bytes of all weights, with MTP modules."""
     counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether all weights in fp32 need less than half of the free memory of the machine and of the device."""
+    """Whether fp32 weights need less than half of the free memory."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -270,10 +246,7 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """Raise UserError if the weights do not fit into the free memory of this machine.
-
-    item_bytes: bytes of an element. what: source of the weights, the value of the key `field`.
-    """
+    """Raise UserError if the weights do not fit into free memory."""
     needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
@@ -285,7 +258,7 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
-    """Loads all weights of a checkpoint of any layout into one model in eval mode."""
+    """Loads a checkpoint of any layout into one model in eval mode."""
     kernels = build_kernels(device.type, config.cluster.compiled)
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
@@ -300,7 +273,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 
 
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline[DeepSeekV3]:
-    """Loads this rank's part of the model from a checkpoint of any layout, for evaluation."""
+    """Loads this rank's part of the model from a checkpoint, for evaluation."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
@@ -319,11 +292,7 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
 def read_into_chunks(
     chunks: list[DeepSeekV3], stored: StoredWeights, kind: str = "master", ep_rank: int = 0, ep: int = 1
 ) -> None:
-    """Read weights and balance biases into chunks.
-
-    kind: `master`, or `ema` for the moving average. ep_rank, ep: index among the ranks that share the experts, and
-    number of these ranks.
-    """
+    """Read weights and balance biases into chunks. kind: `master` or `ema`."""
     weights, wanted = {}, {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -349,10 +318,8 @@ def load_hf_model(
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
-    Returns the model's configuration, the model, and the path of the folder's tokenizer.json if it exists. dtype: the
-    dtype of weights and matmuls. field: name of the key in errors. kernels: the kernels of the model's operations;
-    torch's by default. text_only: leave out the tensors of other modalities. adapter: a PEFT folder whose adapter is
-    added to the weights. Raises UserError if the folder does not contain an intact model of a supported family.
+    Returns the configuration, the model, and the path of tokenizer.json or None. text_only: leave out tensors of other
+    modalities. adapter: PEFT folder to add. Raises UserError.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

@@ -1,4 +1,4 @@
-"""Checks whether a run may continue from a checkpoint: same tokenizer, same model shape, same base of an adapter."""
+"""Checks whether a checkpoint fits a run: tokenizer, model shape, adapter's base."""
 
 import hashlib
 import json
@@ -30,14 +30,13 @@ SHAPE = [
     "shared_experts",
     "mtp_depth",
 ]
-"""Fields of the model section that determine the names and shapes of tensors."""
+"""Model fields that determine names and shapes of tensors."""
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any], adds_indexers: bool = False) -> None:
-    """Raise UserError if the checkpoint's model has tensors with other names or shapes. The error names the differing
-    fields.
+    """Raise UserError if the checkpoint's tensors have other names or shapes.
 
-    adds_indexers: whether the run may add indexers to dense attention. If the checkpoint contains no settings, this function checks nothing; loading compares the tensors.
+    adds_indexers: whether the run may add indexers to dense attention.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
@@ -58,17 +57,14 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any], adds_i
 
 
 def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError for a checkpoint of mode=average, which has no optimizer state."""
+    """Raise UserError for a checkpoint of mode=average (no optimizer state)."""
     if meta.get("averaged"):
         rule = f"cannot resume from {checkpoint}: mode=average wrote it, without optimizer state"
         raise UserError("resume", config.resume, rule, f"set init_from={checkpoint} under another name=")
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
-    """Returns the configured tokenizer, else the tokenizer in the run's folder.
-
-    Raises UserError if the checkpoint was trained with another tokenizer.
-    """
+    """Returns the configured tokenizer, or the run's. Raises UserError if the training used another one."""
     run = checkpoint.folder.absolute().parents[1]
     if config.data.tokenizer is None and not (run / "tokenizer.json").is_file():
         raise UserError(
@@ -84,10 +80,7 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the checkpoint was trained with another tokenizer.
-
-    fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None: trained on the data.
-    """
+    """Raise UserError if the checkpoint was trained with another tokenizer."""
     if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
             "data.tokenizer",
@@ -99,25 +92,18 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 
 # Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
-# Checkpoints of an adapter's run contain only the adapter. Their meta contains the fingerprint of the base, and its
-# path, which may be out of date. The fingerprint of a Sluice checkpoint covers the checksums of its files. The
-# fingerprint of a Hugging Face folder covers the headers of its files and samples of their bytes. So most wrong bases
-# are refused before anything starts.
-#
-# The mark (train/checkpoint/weights_mark.py) is computed while all weights are read, and detects every changed value.
-# Checkpoints of earlier versions have no mark.
+# A checkpoint of an adapter contains a fingerprint of the base, which detects most wrong bases before the start.
+# Reading all weights gives a second fingerprint, the mark (train/checkpoint/weights_mark.py). It detects every changed
+# value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""Number of positions at which a fingerprint samples a file, and number of bytes in a sample."""
+"""PLACES: number of samples of a file. BYTES_OF_PLACE: bytes of a sample."""
 SHAPING = ("rank", "targets", "base")
-"""Keys of the adapter section that determine parameter shapes and the format of the base."""
+"""Adapter settings that determine parameter shapes and the base's format."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """Returns the entry `base` of a checkpoint's meta, which describes an adapter's base.
-
-    source: a Hugging Face folder with its headers, or a Sluice checkpoint. Raises UserError for an unreadable file.
-    """
+    """Returns a checkpoint's meta entry `base`: path and fingerprint. Raises UserError."""
     found = hashlib.sha256()
     if isinstance(source, Path):
         found.update(json.dumps(sorted(read_manifest(source).files.items())).encode())
@@ -136,7 +122,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless checkpoint and run both train all weights, or adapters with equal settings (SHAPING)."""
+    """Raise UserError if checkpoint and run differ in the adapter or its settings (SHAPING)."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
@@ -155,21 +141,21 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
 
 
 def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: dict[str, str]) -> None:
-    """Raise UserError unless the checkpoint's adapter was trained with this base. base: a result of `describe_base`."""
+    """Raise UserError if the checkpoint's adapter was trained with another base."""
     known, now = (one.get("weights") for one in (meta["base"], base))
     if meta["base"]["fingerprint"] != base["fingerprint"] or (known and now and known != now):
         raise other_base(config.init_from, checkpoint, meta)
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """Returns the UserError for a base with which the checkpoint's adapter was not trained."""
+    """Returns the UserError for another base than the adapter's."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a run is to start from this checkpoint and it contains only an adapter."""
+    """Raise UserError if the checkpoint contains only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
         cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"

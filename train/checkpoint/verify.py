@@ -29,10 +29,7 @@ def main(folders: list[str]) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run, or the folder itself if it is a checkpoint.
-
-    Raises UserError for a run without checkpoints.
-    """
+    """Returns the checkpoints of a run, or the folder itself. Raises UserError."""
     inner = folder / "checkpoints"
     if not inner.is_dir():
         return [folder]

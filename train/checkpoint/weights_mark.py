@@ -1,12 +1,11 @@
-"""Computes a fingerprint (mark) of a base's weights while they are read. It identifies the weights in any file format
-and layout.
+"""Computes a fingerprint (mark) of a base's weights while they are read, in any file format and layout.
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
-A block is BLOCK consecutive elements of a flattened tensor. number(value) is an integer that is computed from the value
-in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The sums of all ranks are added. All
-factors are odd, so any change of a single value changes the mark. The main model and each MTP module have separate
-sums, because a model may be read without its MTP modules.
+- A block is BLOCK consecutive elements of a flattened tensor.
+- number(value) is an integer computed from the value in bf16, equal for fp32, bf16 and block FP8.
+- All factors are odd, so a change of a single value changes the mark.
+- The main model and each MTP module have separate sums, because MTP modules may be left out.
 """
 
 import hashlib
@@ -21,27 +20,24 @@ from torch import Tensor
 from parallel.shard import Shard
 
 FillShards = Callable[[dict[str, Shard]], Any]
-"""A function that fills shards of weights and balance biases. Its argument maps names in a checkpoint to shards."""
+"""A function that fills shards, by their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
-"""BLOCK: number of elements of a block. BLOCKS_AT_ONCE: number of blocks that one call sums, for each device type.
-
-On a CPU, these blocks fit into the caches of a core. On a GPU, they are enough for efficient kernels.
-"""
+"""BLOCK: elements of a block. BLOCKS_AT_ONCE: blocks that one call sums."""
 MODULUS = 1 << 64
 """The sums are computed modulo this number, like unsigned 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
-"""Sum over an interval of a tensor: (tensor name, first element, end (exclusive), sum)."""
+"""Sum over an interval: (tensor name, first element, end (exclusive), sum)."""
 
 
 class WeightsMark:
-    """Sums the weights that are read, and combines the sums into a fingerprint."""
+    """Computes a fingerprint of the weights that are read."""
 
     def __init__(self) -> None:
         self.parts: list[MarkedPart] = []
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a function that calls `fill` and adds the filled values to this fingerprint."""
+        """Returns a function that also adds filled values to the fingerprint."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -52,10 +48,7 @@ class WeightsMark:
         return watched
 
     def add(self, name: str, values: Tensor, offset: int) -> None:
-        """Add an interval of a tensor to the fingerprint. Elements that were added before are ignored.
-
-        name: name in a checkpoint, of a tensor or of its moving average. offset: first element.
-        """
+        """Add an interval of a tensor; ignore elements that were added before."""
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
         for first, last in [*(one for one in sorted(taken) if one[1] > offset), (stop, stop)]:
@@ -68,11 +61,7 @@ class WeightsMark:
         taken[:] = _joined(taken)
 
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
-        """Returns the fingerprint, computed from the sums of all ranks.
-
-        gather: a function that returns the sums of every rank. An interval that several replicas have is added only
-        once.
-        """
+        """Returns the fingerprint. gather: returns the sums of every rank."""
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
         for name, start, stop, value in sorted({tuple(part) for rank in gather(self.parts) for part in rank}):
@@ -85,7 +74,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two fingerprints agree in all parts of the model that both cover. None (unknown) agrees with any."""
+    """Whether two fingerprints agree where both are known."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
@@ -100,7 +89,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """Returns the weighted sum of an interval of the tensor `name`. offset: index of the first element."""
+    """Returns the weighted sum of an interval. offset: first element."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():
@@ -131,12 +120,12 @@ def _block_factors() -> Tensor:
 
 
 def _odd(first: int, count: int) -> Tensor:
-    """Returns the odd 64-bit factors with indices `first` to `first` + `count` - 1."""
+    """Returns `count` odd 64-bit factors from index `first` on."""
     return _block_factors() if (first, count) == (0, BLOCK) else _mixed(first, count)
 
 
 def _mixed(first: int, count: int) -> Tensor:
-    """Computes the odd factors with these indices by the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """Computes odd factors by the finaliser of SplitMix64 (Steele et al., 2014)."""
     mixed = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -1,4 +1,4 @@
-"""Parses the arguments of `sluice` commands that read runs: names, flags and runs=FOLDER, in any order."""
+"""Parses names, flags and runs=FOLDER of `sluice` commands that read runs."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,8 +23,7 @@ class CommandWords(NamedTuple):
             raise UserError(self.command, unknown[0], "is not a flag of this command", cure)
 
     def one_run(self) -> str:
-        """Returns the run's name, for a command that takes one name and only the flag --json. Raises UserError for
-        other arguments."""
+        """Returns the only name. Raises UserError for other arguments than --json."""
         cure = f"`{self.command} NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
         self.require_flags({"--json"}, cure)
         if len(self.names) != 1:
@@ -33,7 +32,7 @@ class CommandWords(NamedTuple):
 
 
 def sort_words(command: str, words: Sequence[str]) -> CommandWords:
-    """Sort the arguments into names, flags and runs folder. The last runs= counts."""
+    """Sort the arguments. The last runs= counts."""
     flags = [word for word in words if word.startswith("-")]
     folders = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
     names = [word for word in words if not word.startswith(("runs=", "-"))]

@@ -32,11 +32,11 @@ from train.program import COMMAND, DISTRIBUTION
 from train.show.screens import GOOD, WARN, show_rows
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""CPU features (Linux names) that speed up compiled code or torch's GEMMs."""
+"""CPU features (Linux names) that speed up compiled code or GEMMs."""
 
 
 class DoctorLine(NamedTuple):
-    """One line of `sluice doctor`. cure: what to do, or None. stops: whether it prevents every run."""
+    """One line of `sluice doctor`. stops: whether it prevents every run."""
 
     label: str
     state: str
@@ -46,7 +46,7 @@ class DoctorLine(NamedTuple):
 
 @reported
 def main(words: list[str]) -> int:
-    """Check this machine and print the result; returns the exit code. words: KEY=VALUE arguments."""
+    """Check this machine and print the result; returns the exit code."""
     return doctor_screen(list(find_all(compose(*words))), Terminal())
 
 
@@ -81,7 +81,7 @@ def find_all(config: Config) -> Iterator[DoctorLine]:
 
 
 def _packages() -> DoctorLine:
-    """Returns a line that says whether the installed packages meet the program's requirements."""
+    """Returns whether the installed packages meet the requirements."""
     wanted = [
         one for one in map(Requirement, requirements()) if one.marker is None or one.marker.evaluate({"extra": ""})
     ]
@@ -96,7 +96,7 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Returns the requirements of the installed distribution, or of pyproject.toml in a checkout."""
+    """Returns the requirements, from the distribution or from pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -27,20 +27,19 @@ from train.model.count import checkpoint_bytes
 from train.program import DISTRIBUTION
 
 PROCESS_BYTES = 12e9
-"""Estimated host memory of a rank without checkpoint buffers: CUDA, torch, tokens, pinned memory."""
+"""Estimated host memory of a rank, without checkpoint buffers."""
 CORES_PER_DEVICE = 8
 """Estimated cores per rank, including threads for data and checkpoints."""
 SAVES = 2
-"""Maximum number of checkpoint buffers in use at a time: a save may begin while the previous buffer is still being
-written."""
+"""Maximum number of checkpoint buffers in use at a time."""
 LONGEST = 24
-"""Maximum hours of a job. A longer run continues from a checkpoint in a new job."""
+"""Maximum hours of a job. Longer runs continue in a new job."""
 SPARE_TIME = 1.25
-"""Factor on the planned time of all steps, to allow for starts, checkpoints and validations."""
+"""Factor on the planned time, for starts, checkpoints and validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
 """Kinds of job files. Each kind has a template."""
 ON_RAY = ("slurm", "kuberay")
-"""Kinds of job files that start Ray. The recipe gets the settings for Ray."""
+"""Kinds of job files that start Ray."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 
@@ -96,8 +95,7 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Returns the top-level folders that every node must be able to read, each with the keys whose paths are
-        inside."""
+        """Maps each top-level folder that nodes must read to its configuration keys."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip
@@ -111,8 +109,7 @@ class Job:
 
 @reported
 def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]]) -> int:
-    """Print the job file; returns the exit code. words: the arguments after `launch`. plan: a function that returns a
-    summary line, the run's hours, and the bytes of host memory for tensors on a node."""
+    """Print the job file; returns the exit code. plan: returns a summary line, hours, and host bytes on a node."""
     kind, options, recipe = _split(words)
     say(_written(kind, _job(kind, recipe, options, plan)).rstrip())
     say(f"how to start it: cluster/docs/launch.md#{kind}", file=sys.stderr)
@@ -120,7 +117,7 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Splits the arguments after `launch` into kind, flags by name, and recipe arguments."""
+    """Splits the arguments into kind, flags and recipe arguments."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):
@@ -178,8 +175,7 @@ def _job(
 
 
 def _written(kind: str, job: Job) -> str:
-    """Returns the template of this kind with the job's values. Some templates are valid job files before filling,
-    because their template blocks are inside comments."""
+    """Returns this kind's template with the job's values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "cluster" / "files"), undefined=jinja2.StrictUndefined,
         block_start_string="#%", block_end_string="%#",

@@ -43,13 +43,17 @@ class RunSummary:
 
     name: str
     state: str
-    """`trains now`; `done`; `stopped`: the run can continue from a checkpoint; `lost`: the run has steps but no
-    checkpoint; `empty`: the run has no steps."""
+    """`trains now`, `done`, or:
+
+    - `stopped`: the run can continue from a checkpoint
+    - `lost`: the run has steps but no checkpoint
+    - `empty`: the run has no steps
+    """
     step: int
     steps: int | None
     """Number of planned steps; None if config.yaml does not have it."""
     loss: float | None
-    """Next-token loss of the last step in nats per token, without MTP, as in the progress line."""
+    """Next-token loss of the last step in nats per token, without MTP."""
     age_s: float
     """Seconds since the run last wrote a file."""
     disk_bytes: int
@@ -80,7 +84,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def summaries(folder: Path) -> Iterator[RunSummary]:
-    """Yields the runs in a folder, including jobs of sweeps. The run with the newest file is first."""
+    """Yields the runs in a folder, including jobs of sweeps, newest first."""
     configs = [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
     runs = [_summary(folder, config.parent) for config in configs]
     yield from sorted(runs, key=lambda run: run.age_s)
@@ -107,7 +111,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 
 
 def _setting(run: Path, *keys: str) -> Any:
-    """Returns a value in a run's config.yaml, or None if the file is unreadable."""
+    """Returns a value in a run's config.yaml; None if unreadable."""
     try:
         value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
@@ -118,7 +122,7 @@ def _setting(run: Path, *keys: str) -> Any:
 
 
 def disk_bytes(path: Path) -> int:
-    """Returns the disk space of a folder in bytes, without following links."""
+    """Returns the disk space of a folder, without following links."""
     total = 0
     for place, _, files in os.walk(path):
         for file in files:
@@ -149,7 +153,7 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that no reader finds it half removed."""
+    """Rename a folder, then remove it: no reader finds it half removed."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)

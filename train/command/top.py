@@ -35,7 +35,7 @@ LOOKS_EVERY = 1.0
 HARD_SPACE = "\N{NO-BREAK SPACE}"
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")
-"""Colours of a heat map, smallest value first. The characters of SHADES show the same values."""
+"""Colours of a heat map, smallest value first, like SHADES."""
 STATES = {
     "trains": "bold green",
     "done": "bold green",
@@ -46,8 +46,7 @@ STATES = {
 }
 NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node lost": "yellow", "quiet": "yellow"}
 LEAST_RANGE = 0.2
-"""Minimum difference between the lightest and the darkest cell, as a share of the median. Smaller differences are
-noise."""
+"""Minimum range of a heat map, as a share of the median."""
 MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
 LISTED_RANKS = LISTED_NEWS = 8
 
@@ -61,7 +60,7 @@ MAPS = {
     "waiting": ("waiting time for other ranks or data in its newest step", _seconds),
     "memory": ("its peak", gib),
 }
-"""The rank values that have a heat map, with description and formatter."""
+"""Values that have a heat map, with description and formatter."""
 HEAD = {
     "main_loss": "loss {:.4g}",
     "validation_loss": "held-out {:.4g}",
@@ -72,7 +71,7 @@ HEAD = {
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
 }
-"""Metrics in the top line of the screen, with their formats. Values come from the newest record; 0 is not shown."""
+"""Metrics in the top line, with formats; 0 is not shown."""
 
 
 @reported
@@ -89,7 +88,7 @@ def main(words: Sequence[str]) -> int:
     elif not console.is_terminal or console.is_dumb_terminal:
         console.print(run_screen(read_picture(folder, name), console.width))
     else:
-        stop = threading.Event()  # an event, because a KeyboardInterrupt that is raised in a finalizer is lost
+        stop = threading.Event()  # an event, because a KeyboardInterrupt in a finalizer is lost
         signal.signal(signal.SIGINT, lambda *_: stop.set())
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while not stop.is_set():
@@ -99,7 +98,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_screen(picture: dict[str, Any], width: int, height: int | None = None) -> Group:
-    """Returns the complete screen. height: rows of the terminal; None: no limit."""
+    """Returns the complete screen. height: rows; None: no limit."""
     lines, news = [*_head(picture, width)], [*_news(picture, width)][-LISTED_NEWS:]
     room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     for name in MAPS if picture["ranks"] else ():
@@ -133,14 +132,13 @@ def _head(picture: dict[str, Any], width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """Packs pieces of text into lines of at most `width` characters; no piece is broken."""
+    """Packs whole pieces of text into lines of `width` characters."""
     whole = "  ".join(piece.replace(" ", HARD_SPACE) for piece in pieces)
     yield from (Text(line.replace(HARD_SPACE, " ")) for line in textwrap.wrap(whole, width))
 
 
 def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[Text]:
-    """Returns a heat map of stages (rows) and replicas (columns). If it does not fit, a cell shows the largest value of
-    several ranks."""
+    """Returns a heat map of stages and replicas. A cell shows its largest value."""
     (title, words), stages, replicas = MAPS[name], picture["stages"], picture["replicas"]
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]
@@ -171,7 +169,7 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
 
 
 def _share(index: int, parts: int, count: int) -> range:
-    """Returns the items of part `index`, if `count` items are divided into `parts` parts."""
+    """Returns the items of one part, if `count` items make `parts` parts."""
     return range(index * count // parts, (index + 1) * count // parts)
 
 

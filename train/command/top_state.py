@@ -1,7 +1,7 @@
-"""Reads the data of `sluice top`, only from the run folder. The run may train on any machine, hang, be dead or be done.
+"""Reads the data of `sluice top` from the run folder.
 
-With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank writes its
-own file (cluster/run_files.py).
+With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank writes a file
+(cluster/run_files.py).
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
-"""Seconds between computations of the wall time, which read all of metrics.jsonl."""
+"""Seconds between computations of the wall time."""
 PACE_STEPS = 20
 """Number of newest records from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
-"""A run is quiet after QUIET_FACTOR step times, and at least QUIET_LEAST seconds, without a step."""
+"""A run is quiet after QUIET_FACTOR step times and QUIET_LEAST seconds without a step."""
 
 
 def read_picture(folder: Path, name: str) -> dict[str, Any]:
@@ -40,13 +40,13 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
     state         trains, quiet, stopped, failed, done or empty
     seconds_left  estimated seconds to the last step, if the run trains
     record        numbers of the newest line of metrics.jsonl
-    ranks         a list in the order of rank indices; each entry has
+    ranks         a list in rank order; each entry has
                       rank, node, step, phase, ended
                       memory   bytes
-                      age      seconds since the rank reported these values
-                      seconds  duration of the rank's newest step
-                      busy     seconds of this step in which the rank computed
-                      waiting  seconds of this step in which the rank waited for other ranks or for data
+                      age      seconds since the report
+                      seconds  duration of the newest step
+                      busy     computing time of this step
+                      waiting  waiting time of this step, for other ranks or data
     wall          wall time: seconds_in (seconds of each part), seconds (total), effective (fraction that was training)
     events        the newest events and the newest incident: time, kind, text
     """
@@ -82,13 +82,12 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """Returns the parts of the wall time, cached until `moment` changes, because they need all of metrics.jsonl."""
+    """Returns the parts of the wall time, cached until `moment` changes."""
     return split_wall_time(folder)
 
 
 def _news(folder: Path, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the events except checkpoints, oldest first. If there is an incident file, one sentence from it replaces
-    the incident events."""
+    """Returns the events except checkpoints, with the newest incident, oldest first."""
     found = [event for event in events if event["kind"] != "checkpoint"][-SHOWN_EVENTS:]
     if (newest := newest_incident(folder / "logs")) is not None:
         found = [event for event in found if event["kind"] != "incident"]
@@ -114,7 +113,7 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _pace(records: Sequence[Record]) -> float | None:
-    """Returns the mean seconds per step in the newest records, including waits for checkpoints."""
+    """Returns the mean seconds per step, with waits for checkpoints."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
     timed = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
@@ -146,7 +145,7 @@ def _from_files(folder: Path, now: float) -> Iterator[dict[str, Any]]:
 
 
 def _rank(number: int, node: str, said: dict[str, Any], age: float, ended: bool) -> dict[str, Any]:
-    """Returns one entry of `ranks` for `read_picture`. age: seconds since the rank's report."""
+    """Returns one entry of `ranks`. age: seconds since the report."""
     seconds = {
         key: float(value) if isinstance(value := said.get(key), int | float) and math.isfinite(value) else None
         for key in ("busy", "seconds")

@@ -83,13 +83,13 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Returns the traces of all ranks, including ended ranks; empty if no rank is alive on this machine."""
+    """Returns all ranks' traces; empty if no rank is alive here."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 
 
 def last_news(traces: dict[int, RankTrace]) -> float:
-    """Returns the Unix time of the last start or end of an action on any rank."""
+    """Returns the Unix time of the last action on any rank."""
     return max(
         max(trace.since, *(max(record.began, record.ended) for record in trace.records[-50:]), 0.0)
         for trace in traces.values()
@@ -97,7 +97,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """Returns the state of a run on this machine in the form of an incident file."""
+    """Returns a local run's state in the form of an incident file."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(

@@ -14,27 +14,25 @@ class Batch:
     """Packed sequences on the CPU."""
 
     tokens_BS: Tensor
-    """int64 (B, seq_len + 1): token ids. Inputs of the model: [:, :-1]. Targets: [:, 1:]."""
+    """int64 (B, seq_len + 1): token ids. Inputs: [:, :-1]. Targets: [:, 1:]."""
     documents_BS: Tensor | None = None
-    """int32 (B, seq_len + 1): the index of each token's document or sample, counted from 0 in each sequence. Padding
-    has -1. None unless data.mask_documents is set or samples are packed."""
+    """int32 (B, seq_len + 1): document or sample index in the sequence, from 0; -1 for padding. None: not separated."""
     supervised_BS: Tensor | None = None
-    """bool (B, seq_len + 1): whether a token is supervised. The loss includes the prediction of a supervised token.
-    None: every token is supervised, and the documents form one continuous text.
+    """bool (B, seq_len + 1): whether a token is supervised (the loss includes its prediction). None: all tokens.
 
-    If this field is set, no loss, count or module combines tokens of two samples in `documents_BS`.
+    If it is set, nothing combines tokens of two samples.
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Maps names to fp32 tensors (B, seq_len + 1) for a token loss (train/model/token_losses.py). The value at a
-    token's index is for the prediction of this token. `weights`: factors of the loss. `temperatures`: divisors of the
-    logits."""
+    """fp32 tensors (B, seq_len + 1) for a token loss, by name. `weights`: loss factors. `temperatures`: logit
+    divisors."""
     experts_BTLK: Tensor | None = None
-    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that routers chose earlier for
-    each token. The last token has no experts. None: the model's routers choose."""
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): replayed experts. None: the routers
+    choose."""
     keys_BTLK: Tensor | None = None
-    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys that indexers selected
-    earlier for each token. A key is a position in the sequence; unused entries are -1. The last token has no keys.
-    None: the model's indexers select the keys."""
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): replayed attention keys, as positions.
+
+    Unused entries are -1. None: the indexers select.
+    """
 
     def take(self, rows: slice) -> "Batch":
         """Returns a batch with the sequences in the slice `rows`."""
@@ -49,9 +47,9 @@ class Batch:
 
     @property
     def learnt_BT(self) -> Tensor | None:
-        """Whether the main model's loss includes each target, bool (B, seq_len); None: it includes all targets.
+        """bool (B, seq_len): whether the main model's loss includes each target; None: all targets.
 
-        The loss includes a target if the token is supervised and is not the first token of a sample.
+        It includes supervised tokens, except the first of a sample.
         """
         if self.supervised_BS is None or self.documents_BS is None:
             return None
@@ -59,7 +57,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Number of samples; number of sequences if the batch does not separate samples."""
+        """Number of samples. Without marked samples, each sequence counts as one."""
         if self.supervised_BS is None or self.documents_BS is None:
             return len(self.tokens_BS)
         return int((self.documents_BS.amax(1) + 1).sum())
@@ -70,13 +68,13 @@ BATCH_KINDS = {
     "documents_BS": (torch.int32, torch.int64),
     "supervised_BS": (torch.bool,),
 }
-"""Maps a field of a batch to the dtypes that a caller may use."""
+"""Dtypes that a caller may use for each field."""
 RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", "keys_BTLK", *BATCH_KINDS)
-"""Names that `tensors` must not contain, because arguments of chunks and pipelines have these names."""
+"""Names that `tensors` must not contain: they are arguments of chunks."""
 
 
 def check_given_batch(batch: Batch, vocabulary: int) -> None:
-    """Raise UserError if fields of a batch contradict each other, or a token is outside the vocabulary."""
+    """Raise UserError if fields contradict each other or tokens are invalid."""
     tokens_BS = batch.tokens_BS
     for name, kinds in BATCH_KINDS.items():
         tensor = getattr(batch, name)
@@ -112,7 +110,7 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
 
 
 def _check_documents(batch: Batch) -> None:
-    """Raise UserError unless each sequence numbers its samples 0, 1, 2, ... and each sample is contiguous."""
+    """Raise UserError unless sequences number contiguous samples 0, 1, 2, ..."""
     documents_BS = batch.documents_BS
     if documents_BS is None or batch.supervised_BS is None:
         return
@@ -132,21 +130,17 @@ class GivenSample:
 
     tokens: list[int]
     first: int
-    """Index of the first learnt token, at least 1. The loss includes the predictions of this and all later tokens."""
+    """Index of the first learnt token, at least 1. All later tokens are learnt."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """Maps names in `Batch.tensors` to values: one number for all learnt tokens, or one per learnt token."""
+    """Values for `Batch.tensors`: one number, or one per learnt token."""
     experts_TLK: Tensor | None = None
     """Experts that routers chose earlier, for all tokens except the last."""
     keys_TLK: Tensor | None = None
-    """Positions of the attention keys that indexers selected earlier, for all tokens except the last."""
+    """Replayed attention keys (positions), for all tokens except the last."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
-    """Build a batch with one sample in each sequence of `length` tokens.
-
-    filling: a token that pads shorter samples and is not learnt. Raises UserError for a sample that is too long, for
-    values that do not match the tokens, or if samples have `values` for different tensors.
-    """
+    """Build a batch with one sample in each sequence. filling: padding token. Raises UserError."""
     if not samples:
         raise UserError("samples", 0, "must be one or more", "leave the step out")
     shape = len(samples), length
@@ -177,10 +171,9 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
 def _padded(
     name: str, axes: str, choices: Sequence[Tensor | None], tokens: Sequence[int], length: int, filling: int
 ) -> Tensor | None:
-    """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
+    """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K), or None. Raises UserError.
 
-    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices and of L and K in errors.
-    filling: value after a sample's end. Raises UserError if only some samples have choices, or for a wrong shape.
+    choices: a tensor (tokens - 1, L, K) for each sample. filling: value after a sample's end.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

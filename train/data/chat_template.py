@@ -1,17 +1,12 @@
 """Renders a chat as text and finds the characters that the model learns: the assistant's text and the stop token.
 
-A Jinja template (the checkpoint's, or our `plain`) runs in Jinja's sandbox with the settings that transformers uses. If
-the template marks the assistant's turns ({% generation %}), the marked text is learnt. Otherwise this file finds the
-turns by probing: it replaces the content of a message by a character that no text contains. The text around this
-character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
-stop token.
+A Jinja template runs in Jinja's sandbox with the settings of transformers. If it marks the assistant's turns ({%
+generation %}), the marked text is learnt. Otherwise a second rendering replaces each content by a character that no
+text contains. The text around this character shows the turn.
 
-The template gets reasoning in the field `reasoning_content`. If the template does not know this field, the reasoning is
-at the start of the content. If the template drops a message, that is an error. If it drops reasoning, data.reasoning
-decides what happens. data.reasoning can also remove old reasoning before the chat is rendered.
-
-If the template writes no stop token after a turn, the first token of the next message ends the turn, as in GLM-4.6.
-Then the model learns this token as the stop token, and this file appends the token to the last turn.
+- The template gets reasoning in the field `reasoning_content`, or in the content if it does not know this field.
+- A message that the template drops is an error. For dropped reasoning, data.reasoning decides.
+- Without a stop token after a turn, the first token of the next message is the stop token, as in GLM-4.6.
 """
 
 import contextlib
@@ -40,17 +35,17 @@ PLAIN = "plain"
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 GIVEN = ("messages", "tools", "add_generation_prompt")
-"""Variables that this file sets for every chat, so the user cannot set them."""
+"""Variables that this file sets. The user must not set them."""
 PROBED_ANSWER = "an answer"
 PROBED_QUESTION = {"role": "user", "content": "a question"}
 PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
-"""A chat for probing: a question and an answer, after which the template writes the stop token."""
+"""A chat for probing: a question and an answer."""
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
-"""Matches special tokens in the two usual spellings: `<|name|>` with ASCII bars or with full-width bars."""
+"""Matches special tokens `<|name|>`, with ASCII or full-width bars."""
 Span = tuple[int, int]
 
 
@@ -63,7 +58,7 @@ class PlacedTurn:
     content: int
     """Index of the first character of the content."""
     end: int
-    """Index after the last character of the turn, which includes the stop token."""
+    """Index after the last character, which includes the stop token."""
     cut: bool = False
     """Whether the template removed reasoning from the content."""
 
@@ -74,17 +69,17 @@ class PlacedTurn:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """The text of a chat, and the spans of the text that the model learns."""
+    """The text of a chat, and its learnt spans."""
 
     text: str
     learnt: list[Span]
-    """Learnt spans in order: (index of the first character, index after the last character)."""
+    """Learnt spans in order: (first character, end (exclusive))."""
     unthought: int = 0
-    """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
+    """Number of learnt turns without reasoning, although the prompt opens a reasoning block."""
 
 
 class CannotRender(Exception):
-    """The template cannot render a chat. `rule` is the reason, `cure` the advice to the user."""
+    """The template cannot render a chat. cure: advice to the user."""
 
     def __init__(self, rule: str, cure: str):
         super().__init__(rule)
@@ -92,7 +87,7 @@ class CannotRender(Exception):
 
 
 class _Generation(Extension):
-    """Adds to Jinja the tags {% generation %} and {% endgeneration %} around the assistant's text."""
+    """Adds the tags {% generation %} and {% endgeneration %} to Jinja."""
 
     tags = {"generation"}
 
@@ -121,15 +116,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A chat template and the variables that it may use, such as special tokens."""
+    """A chat template and its variables, such as special tokens."""
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
-        """Compiles the templates. Raises UserError if a template is broken.
-
-        sources: the template under `default`, and optionally one for chats with tools under `tool_use`. tokens: maps
-        the template's variables, such as bos_token, to values. field, name: configuration key and template in error
-        messages.
-        """
+        """Compiles templates: `default`, and optionally `tool_use`. tokens: values of variables. Raises UserError."""
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
         self._templates = {}
@@ -145,27 +135,23 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the template and its variables, which determine the text of a chat."""
+        """Hash of the template and its variables."""
         known = json.dumps([sorted(self._sources.items()), sorted(self._tokens.items())])
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
     def files(self) -> dict[str, str]:
-        """Files that store the template in a weights folder: maps file names to texts. Empty if the template is a
-        function."""
+        """Texts of the template's files; empty for a function."""
         return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the template contains a special token that the tokenizer does not know."""
+        """Raise UserError for special tokens that the tokenizer does not know."""
         for source in self._sources.values():
             for token in NAMED_TOKEN.findall(source):
                 refuse_unknown_token(token, tokenizer, self._field, self.name)
 
     def render(self, chat: Chat, supervise: Supervise, reasoning: LostReasoning | None = None) -> RenderedChat:
-        """Renders a chat and finds its learnt spans. Raises CannotRender.
-
-        supervise: which turns are learnt. reasoning: what to do if the template drops the reasoning of a learnt turn.
-        """
+        """Renders a chat and finds its learnt spans. Raises CannotRender."""
         if reasoning is LostReasoning.drop:
             chat = chat.without_reasoning()
         chat = replace(chat, messages=self._fitting(chat.messages))
@@ -189,20 +175,17 @@ class ChatTemplate:
         return RenderedChat(text, [(turns[n].begin, turns[n].end) for n in wanted], len(unthought))
 
     def prompt(self, chat_messages: Sequence[Message], tools: list[Any] | None = None) -> str:
-        """Returns the prompt: the text after which the model writes its answer."""
+        """Returns the text after which the model writes its answer."""
         text = self._run(self._fitting(chat_messages), tools, add_generation_prompt=True)
         return text.replace(TURN_BEGIN, "").replace(TURN_END, "")
 
     @cache  # noqa: B019  a run has one template
     def stop(self, called: bool = False) -> str:
-        """Returns the text that ends an assistant turn. Raises CannotRender.
+        """Returns the text that ends an assistant turn: the first of these. Raises CannotRender.
 
-        The text is the first of these that exists:
         - the text that the template writes after the content
         - the last special token before the content of the next message
         - the end-of-document token
-
-        called: whether the turn calls tools.
         """
         if written := self._written_stop():
             return written
@@ -212,7 +195,7 @@ class ChatTemplate:
         return (NAMED_TOKEN.findall(between) or [self._tokens.get("eos_token", "")])[-1]
 
     def stops(self) -> list[str]:
-        """Returns the texts that end an assistant turn, with and without tool calls. Raises CannotRender."""
+        """Returns the texts that end an assistant turn. Raises CannotRender."""
         found = [self.stop()]
         with contextlib.suppress(CannotRender):  # a template need not support tools
             found.append(self.stop(called=True))
@@ -224,10 +207,7 @@ class ChatTemplate:
         return after.partition(TURN_END)[0] if TURN_END in after else after.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
-        """Extends each turn to include its stop token. If the template does not write the last stop token, appends it.
-
-        turns: maps the index of a message to its turn. Returns the new text and turns.
-        """
+        """Extends each turn to include its stop token, and appends a missing last one."""
         if self._written_stop():
             return text, turns
         for number, turn in turns.items():
@@ -242,8 +222,7 @@ class ChatTemplate:
     # Methods for reasoning
 
     def _fitting(self, messages: Sequence[Message]) -> list[Message]:
-        """Returns the messages with their reasoning in the field `reasoning_content`. If the template expects reasoning
-        only in the content, returns them unchanged."""
+        """Moves reasoning to `reasoning_content`, unless the template uses only the content."""
         thoughts = [
             message for message in messages if message["role"] == "assistant" and with_field(message) != message
         ]
@@ -258,10 +237,7 @@ class ChatTemplate:
 
     @cache  # noqa: B019
     def _knows_contents_alone(self) -> bool:
-        """Whether the template handles reasoning only as a part of the content.
-
-        Such a template keeps reasoning in the content, adds no reasoning block, and ignores the reasoning field.
-        """
+        """Whether the template handles reasoning only as a part of the content."""
         thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
         text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
         before, found, _ = text.partition(thought)
@@ -286,10 +262,9 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """If `choice` is insert, adds dropped reasoning to the text. Returns the new text and turns.
+        """Adds dropped reasoning to the text if `choice` is insert. Returns the new text and turns.
 
-        If the generation prompt opens a reasoning tag, a turn with reasoning begins after this tag. wanted: indices of
-        the learnt turns. Raises CannotRender if reasoning of a learnt turn is dropped and `choice` is None.
+        Raises CannotRender if `choice` is None and a learnt turn's reasoning is dropped.
         """
         thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
         if not any(thoughts.values()):
@@ -320,7 +295,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether the text contains `content` at least as often as the chat has messages with this content."""
+        """Whether the text contains `content` at least as often as the chat."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -368,10 +343,7 @@ class ChatTemplate:
     # Methods for templates that do not mark the turns
 
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
-        """Renders a chat and finds its turns. Returns the text and the turns.
-
-        The chat is also rendered with a probe character as each content of the assistant. The two texts show the turns.
-        """
+        """Finds turns by a second rendering with probe characters. Returns text and turns."""
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
         probed = [
@@ -393,11 +365,10 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Returns the number of characters between the generation prompt and one turn's content, and the text after the
+        """Returns the number of characters between the generation prompt and a turn's content, and the text after the
         content.
 
-        probed: the chat, with a probe character as each assistant's content. piece: the text between the probe
-        characters of the previous turn and of this turn.
+        probed: the chat with probe characters as contents. piece: the text between the last two probe characters.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
@@ -406,17 +377,15 @@ class ChatTemplate:
             return len(lead), after.rstrip()
         header = given[
             _shared(given, self._run(probed[:number], tools)) :
-        ]  # for an older turn, the template writes another text before the content
+        ]  # an older turn has other text before the content
         place = piece.rfind(header) if header else -1
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Finds a turn if the template writes other text around a probe character than around the content.
+        """Finds a turn if a probe character as content changes the text around the content.
 
-        The method renders the chat up to the end of this turn. There are two cases:
-        - The result is a prefix of the complete text.
-        - The complete text lacks this turn's reasoning. Then the method searches the text for the result without
-          reasoning, from the position `at`, the end of the previous turn.
+        The method renders the chat up to the end of this turn. Reasoning may be missing in the complete text. Then the
+        method searches for the turn without reasoning, from the previous turn's end `at` on.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -439,7 +408,7 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """Removes the marks of the assistant's turns. Returns the text, and the spans between the marks."""
+    """Removes the marks of turns. Returns the text and the marked spans."""
     parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
@@ -453,8 +422,7 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns the length of the common prefix of two texts. The `<` of a tag <think> or </think> in `one` at the end of
-    the prefix is not counted."""
+    """Returns the length of the common prefix, without the `<` of <think>."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -462,7 +430,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields pairs: a form in which a template may write the content, and whether this form lacks the reasoning."""
+    """Yields forms of a content, and whether they lack its reasoning."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -471,10 +439,9 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 
 
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
-    """Finds the contents of the assistant's turns in the text of a chat.
+    """Finds the assistant's contents in a chat's text: (begin, end, whether reasoning was removed), or None.
 
-    pieces: the parts of the text before, between and after the contents. Returns for each content its first index, its
-    end index (exclusive), and whether its reasoning was removed. Returns None if the text does not match.
+    pieces: the text before, between and after the contents.
     """
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
@@ -489,10 +456,7 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 
 
 def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
-    """Inserts reasoning before a turn's content. Returns the new text and turn.
-
-    The reasoning goes into the template's empty reasoning block, before its </think>, or into a new reasoning block.
-    """
+    """Inserts reasoning before a turn's content. Returns the new text and turn."""
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
         place = after = turn.content
@@ -512,10 +476,7 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 
 
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
-    """Raise UserError if the tokenizer does not know a special token.
-
-    field, name: the configuration key and the template's name in the error message.
-    """
+    """Raise UserError if the tokenizer does not know a special token."""
     if tokenizer.id_of(token) is None:
         rule = f"writes {token}, which is not a token of the tokenizer and would be split into characters"
         raise UserError(
@@ -526,10 +487,7 @@ def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str
 def load_template(
     choice: str | None, folder: Path | None, tokenizer: Tokenizer, keys: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
-    """Returns the template that data.template names, or the template in the tokenizer's folder. Raises UserError.
-
-    folder: the tokenizer's folder, if it is on this disk. keys: the user's template variables (data.template_keys).
-    """
+    """Returns the template of data.template or of `folder`. Raises UserError."""
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:
         cure = "leave it out"
@@ -580,12 +538,11 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids that end an answer: the template's stop tokens, the ids in generation_config.json, and eos.
-    Raises UserError."""
+    """Returns the ids that end an answer, of template and tokenizer. Raises UserError."""
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:
         raise UserError("data.template", template.name, error.rule, error.cure) from error
-    # a stop text of several ordinary tokens is left out, because its first token may also occur inside an answer
+    # leave out a stop text of several ordinary tokens: its first token may occur in an answer
     own = [ids[0] for ids in ends if ids and (len(ids) == 1 or tokenizer.bytes_V[ids[0]] == 0)]
     return list(dict.fromkeys([*tokenizer.stop_ids, *own]))

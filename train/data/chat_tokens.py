@@ -1,7 +1,6 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as one string. The name of a special token in the text becomes this special token. The loss
-includes the predictions of learnt tokens, which are those that overlap a learnt span of the text.
+Names of special tokens in the text become these tokens. Tokens that overlap a learnt span of the text are learnt.
 
 D = chats, N = their tokens.
 """
@@ -28,7 +27,7 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 3
-"""Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files."""
+"""Version of the method for masks. A change rebuilds the cached token files."""
 AT_ONCE = 256
 """Number of chats that are encoded in one call."""
 
@@ -44,13 +43,13 @@ class TokenisedChats:
     """Hashes of the chats' stable ids (uint64)."""
     text_bytes: int
     unlearnt: int
-    """Number of chats that were left out, because they have no learnt token."""
+    """Number of chats that were left out: they have no learnt token."""
     unthought: int
-    """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
+    """Number of learnt turns without reasoning, although the prompt opens a reasoning block."""
 
 
 def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
-    """Returns the tokenizer of the weights to fine-tune, and the chat template. Raises UserError."""
+    """Returns the tokenizer of the tuned weights, and the chat template. Raises UserError."""
     choice = config.data.tokenizer or config.init_from
     if choice is None:
         rule = "chats need the tokenizer of the tuned model; no tokenizer can be trained on chats"
@@ -71,11 +70,7 @@ def tokenise_chats(
     source: str,
     settings: Data,
 ) -> Iterator[TokenisedChats]:
-    """Yields the tokens of the chats, in groups of AT_ONCE chats.
-
-    field, source: the configuration key and the name of the data in error messages. Raises UserError if the template
-    cannot render a chat.
-    """
+    """Yields the tokens of the chats, AT_ONCE chats at a time. Raises UserError."""
     names: list[str] = []
     rendered: list[RenderedChat] = []
     for name, chat in chats:
@@ -112,10 +107,10 @@ def _encode(names: list[str], rendered: list[RenderedChat], tokenizer: Tokenizer
 
 
 def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the token ids of a chat (uint32), and a mask (uint8) with 1 for learnt tokens."""
+    """Returns token ids (uint32), and a mask (uint8): 1 for learnt tokens."""
     mask_N = np.zeros(len(encoding.ids), dtype=np.uint8)
     begins_N, ends_N = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    for begin, end in chat.learnt:  # one character may be several tokens, so search the sorted positions of all tokens
+    for begin, end in chat.learnt:  # one character may be several tokens
         first, after = np.searchsorted(ends_N, begin, side="right"), np.searchsorted(begins_N, end)
         mask_N[first:after] = 1
     return np.array(encoding.ids, dtype=np.uint32), mask_N
@@ -123,7 +118,7 @@ def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True)
 class FittedChats:
-    """Chats that fit into a sequence, and the numbers of chats that were cut or dropped."""
+    """Chats that fit into a sequence, and counts of cut or dropped chats."""
 
     documents: Documents
     longest: int
@@ -131,19 +126,16 @@ class FittedChats:
     cut: int = 0
     dropped: int = 0
     emptied: int = 0
-    """Number of chats that were dropped because a cut would remove all their learnt tokens."""
+    """Chats that were dropped, because a cut removes all learnt tokens."""
 
     @property
     def long(self) -> int:
-        """Number of chats that were too long: cut, dropped, or without learnt tokens after a cut."""
+        """Number of chats that were too long."""
         return self.cut + self.dropped + self.emptied
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Cuts or drops chats that have more than `room` tokens.
-
-    too_long: whether to cut a longer chat at its end, or to drop it. A cut chat without learnt tokens is dropped.
-    """
+    """Cuts or drops chats that have more than `room` tokens."""
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))
     if not long_D.any():

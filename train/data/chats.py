@@ -1,16 +1,13 @@
-"""Reads a chat from a JSONL or Parquet record: messages with roles, the available tools, and the turns to learn.
+"""Reads a chat from a JSONL or Parquet record: messages, tools, and the turns to learn.
 
 The record's keys show which of three forms it has:
-  messages        [{role, content, ...}], and `tools` at the same level; the form of OpenAI and Hugging Face.
+  messages        [{role, content, ...}], and `tools` at the same level.
                   `weight: 0` excludes an assistant message from the loss.
   prompt, completion  texts or messages; only the completion is learnt
   conversations   ShareGPT's [{from, value}]
 
-Reasoning is under `reasoning_content` (or under `reasoning` or `thinking`), or is <think>...</think> before the
-content.
-
-A null under a key means that the key is absent, at every depth, because each row of Parquet has the keys of all rows.
-Nulls in lists and inside a JSON text (tools, messages, arguments) are kept.
+Reasoning is under `reasoning_content`, `reasoning` or `thinking`, or is <think>...</think> before the content. A key
+with a null counts as absent, because Parquet rows have all keys.
 """
 
 import ast
@@ -42,9 +39,9 @@ REASONING = "reasoning_content"
 REASONING_NAMES = (REASONING, "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
 LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
-"""Matches reasoning and the content after it. The opening <think> may be missing, because the prompt may contain it."""
+"""Matches reasoning and the content after it. The opening <think> may be missing."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
-"""Columns that this file reads from a Parquet file, if they exist."""
+"""Columns to read from a Parquet file, if they exist."""
 PLACE_MARKS = "\ufdd0\ufdd1"
 """Two Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
@@ -58,10 +55,10 @@ class Chat:
     messages: list[Message]
     tools: list[Any] | None
     learnt: list[bool]
-    """For each message: whether the model may learn it. False for all messages that the assistant did not write."""
+    """Whether the model learns each message; false if it is not the assistant's."""
 
     def without_old_reasoning(self) -> "Chat":
-        """Returns a copy without the reasoning in assistant turns before the user's last message."""
+        """Returns a copy without reasoning before the user's last message."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,
@@ -82,7 +79,7 @@ def _cut(message: Message) -> Message:
 
 
 def with_field(message: Message) -> Message:
-    """Moves reasoning from the start of the content to `reasoning_content`, for templates that know this field."""
+    """Moves reasoning from the start of the content to `reasoning_content`."""
     found = LEADING_THOUGHT.fullmatch(message.get("content") or "") if message["role"] == "assistant" else None
     if found is None or REASONING in message:
         return message
@@ -90,10 +87,7 @@ def with_field(message: Message) -> Message:
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
-    """Reads a record. Raises UserError if the chat is invalid, for example without a turn of the assistant.
-
-    place: file and line for error messages. field: the configuration key of the data.
-    """
+    """Reads a record. place: file and line for errors. Raises UserError."""
 
     def refuse(rule: str, cure: str) -> UserError:
         return UserError(field, place, rule, cure)
@@ -130,7 +124,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
 
 
 def without_nulls(value: Any) -> Any:
-    """Returns the value without the keys whose value is null, at every depth."""
+    """Returns the value without keys whose value is null."""
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -175,10 +169,7 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """Returns the message in the form that templates take, and whether its `weight` is 1 (or missing).
-
-    refuse: builds the error for an invalid message.
-    """
+    """Returns the message for templates, and whether its `weight` is 1."""
     where = f"message {number + 1}"
     if not isinstance(given, dict):
         raise refuse(f"{where} is a {type(given).__name__}, not an object", 'write {"role": ..., "content": ...}')
@@ -214,28 +205,23 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
     return message, weight == 1
 
 
-# Builds chats from the docstrings of Python code, as an example of fine-tuning data that every machine has.
+# Builds example chats from the docstrings of Python code, which every machine has.
 #
 #     user        What does the function textwrap.dedent(text) do?
 #     assistant   Remove any common leading whitespace from every line in `text`.
 #
-# The answer is the first paragraph of the docstring of a module, public class, function or method. The paragraph must
-# have SHORTEST_ANSWER to LONGEST_ANSWER characters and more than one word. All chats of a file have the file's name as
-# stable id, so whole files are held out. With the same data.validation_fraction, conf=tiny holds out the same files.
+# The answer is the docstring's first paragraph. The file's name is the stable id, so whole files are held out. With the
+# same data.validation_fraction, conf=tiny holds out the same files.
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
-"""Minimum and maximum length of an answer, in characters. Shorter texts explain nothing; longer ones are no summaries.
-"""
+"""Minimum and maximum length of an answer, in characters."""
 LONGEST_SIGNATURE = 80
-"""Maximum length of a question's parameter list, in characters. A longer list becomes `...`."""
+"""Maximum characters of a parameter list. A longer list becomes `...`."""
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
-    """Yields the chats of a Python file, each with the file's name as stable id.
-
-    It yields nothing if this version of Python cannot parse the file.
-    """
+    """Yields the chats of a Python file, with its name as stable id."""
     code = "".join(text for _, text in read_text(file, field, None))
     try:
         with warnings.catch_warnings():

@@ -1,12 +1,10 @@
 """Builds the tokenised corpus from the configuration: the slow part of `prepare`, without torch.
 
-For each source it hashes the content, finds or trains the tokenizer, and finds or writes the token folder. Each cache
-entry is in data.cache under the hash of its inputs:
+Cache entries are in data.cache under the hash of their inputs:
   manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
   tokens/     token folders (token_store.py)               marks/       which large token folders were checked
 
-If two processes need the same entry, the first one builds it, and the second one waits. A damaged entry is reported and
-rebuilt.
+If two processes need an entry, the second waits for the first. A damaged entry is reported and rebuilt.
 """
 
 import contextlib
@@ -41,7 +39,7 @@ from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
 SAMPLE_BYTES = 64 << 20
-"""Maximum number of bytes of text on which a tokenizer is trained."""
+"""Maximum bytes of text on which a tokenizer is trained."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,14 @@ class CorpusPart:
     """One source of the corpus, split into training and held-out documents."""
 
     name: str
-    """Path of the source, absolute if it is on this machine; `stdlib` for Python's library."""
+    """Path of the source; `stdlib` for Python's library."""
     content: str
-    """Hash of the meta.json in the source's token folder, which contains checksums of the tokens."""
+    """Hash of meta.json in the source's token folder."""
     weight: float
     train: Documents
     validation: Documents
     whole: Documents
-    """All documents, training and held-out. A single document is cut in two for `train` and `validation`, but not here.
-    """
+    """All documents. A single document is not cut in two here."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +62,20 @@ class Corpus:
     parts: list[CorpusPart]
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of the contents, the tokenizer, the sources' weights, and the split into training and held-out documents."""
+    """Hash of contents, tokenizer, weights, and split into training and held-out."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
-    """Jinja templates that rendered the chats: maps a file name to its text. Empty if a function rendered them; None if
-    the data are not chats."""
+    """Jinja templates of the chats, by file name. None without chats."""
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
-    """Open the corpus and build missing parts. Several processes may call this function at the same time. Raises
-    UserError."""
+    """Open the corpus and build missing parts. Raises UserError."""
     return _Builder(config, progress).build()
 
 
 class _Builder:
-    """Builds one corpus. Holds the settings and notes that all steps of the build use."""
+    """Builds one corpus. Holds its settings and notes."""
 
     def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
@@ -122,7 +117,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes)
 
     def _read_own(self, given: tuple[Tokenizer, str] | None) -> Corpus:
-        """Returns the held-out documents of data.source as a corpus. Training reads the other documents as a stream."""
+        """Returns the held-out documents of data.source as a corpus."""
         documents = OwnDocuments(self.config)
         content = documents.digest(self.cache, self.progress)
         tokenizer, name = given or self._tokenizer({}, {KEY: documents}, {KEY: content})
@@ -165,7 +160,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes, template.files)
 
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
-        """Raise UserError for chats that are too long, or add notes about how many chats were cut or dropped."""
+        """Raise UserError for chats that are too long, or add notes about them."""
         long = sum(one.long for _, one in fitted)
         if long and self.data.too_long is TooLong.refuse:
             count = sum(len(one.documents) + one.emptied + one.dropped for _, one in fitted)
@@ -207,10 +202,7 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Removes the documents with fewer than data.min_tokens tokens. Returns the rest.
-
-        sides: training, held-out and all documents. data.min_tokens does not change which documents are held out.
-        """
+        """Removes documents with fewer than data.min_tokens tokens from each of `sides`."""
         least = self.data.min_tokens
         if not least:
             return sides
@@ -231,11 +223,7 @@ class _Builder:
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
-        """Returns the tokenizer and its name if data.tokenizer is not set.
-
-        It is the tokenizer of the data that are already tokenised, or else a new one. memmaps: folders of tokenised
-        data, by configuration key. sources, digests: other sources and their hashes, by configuration key.
-        """
+        """Returns the tokenizer of tokenised data, or a new one, and its name."""
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
                 raise UserError(
@@ -250,8 +238,7 @@ class _Builder:
         return tokenizer, "null (trained on this data)"
 
     def _trained(self, sources: dict[str, DocumentSource], digests: dict[str, str]) -> str:
-        """Returns the tokenizer.json of a BPE that is trained on a sample of the training documents. The result is
-        cached."""
+        """Returns the cached tokenizer.json of a BPE trained on these data."""
         rows = self.config.model.vocab_size
         if rows < SMALLEST_VOCAB:
             raise UserError(
@@ -285,7 +272,7 @@ class _Builder:
         return self._once(path, ready, make)
 
     def _tokens(self, source: DocumentSource, digest: str, tokenizer: Tokenizer) -> TokenStore:
-        """Returns the token folder of a source. Writes the folder if it is not in the cache."""
+        """Returns the token folder of a source, from the cache or new."""
         path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
         return self._store(path, lambda path: self._write(path, source, tokenizer))
 
@@ -319,7 +306,7 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """Returns the result of `ready` or, if it is None, of `make`. One process runs `make`, and others wait."""
+        """Returns the result of `ready` or, if it is None, of `make`. One process runs `make`."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):

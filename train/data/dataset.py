@@ -1,6 +1,6 @@
 """Batches for training and validation. The index of its first sample selects a batch.
 
-S1 = seq_len + 1, B = sequences.
+S = seq_len + 1, B = sequences.
 """
 
 from fractions import Fraction
@@ -17,23 +17,22 @@ from train.data.tokenizer import Tokenizer
 
 # A schedule decides which source of a mix each sample comes from. It has no state.
 #
-# Source 0 takes its share of all samples: of the first n samples it takes floor(n * w0 / (w0 + w1 + ...)). The other
-# samples are numbered again from 0, source 1 takes its share of them, and so on. So a formula gives the number of
-# samples of a source among the first n samples, and this number never decreases with n. It differs from the exact share
-# by at most one sample for each earlier source. Weights become fractions with a denominator of at most 10^6.
+# Of the first n samples, source 0 takes floor(n * w0 / (w0 + w1 + ...)). The other samples are numbered again from 0,
+# source 1 takes its share of them, and so on. Each count differs from the exact share by at most one sample for each
+# earlier source.
 #
 # N = samples.
 
 
 class Schedule:
-    """Splits samples 0, 1, 2, ... among the sources of a mix. weights: a positive number per source."""
+    """Splits samples 0, 1, 2, ... among sources with positive weights."""
 
     def __init__(self, weights: list[float]):
         exact = [Fraction(weight) for weight in weights]
         self.shares = [(exact[s] / sum(exact[s:])).limit_denominator(10**6) for s in range(len(exact))]
 
     def counts(self, samples: int) -> list[int]:
-        """Returns the number of samples from each source among the first `samples` samples."""
+        """Returns how many of the first `samples` samples each source gives."""
         counts = []
         for share in self.shares:
             counts.append(samples * share.numerator // share.denominator)
@@ -41,11 +40,7 @@ class Schedule:
         return counts
 
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Splits the samples first to first + count - 1 among the sources.
-
-        Returns two int64 arrays for each source: the rows of the batch that the source fills (0..count-1), and for
-        each row the index of the sample within the source.
-        """
+        """Splits `count` samples from index `first` on. Returns batch rows and sample indices of each source."""
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
         taken = []
         for share in self.shares:
@@ -57,7 +52,7 @@ class Schedule:
 
 
 class TrainingData:
-    """Endless training samples. Sample i depends only on the data, seq_len, the seed, and i."""
+    """Endless training samples, pure functions of data, seq_len, seed and index."""
 
     def __init__(self, corpus: Corpus, config: Config):
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
@@ -74,7 +69,7 @@ class TrainingData:
         return sum(stream.sequences for stream in self._streams)
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Returns the samples first_sample to first_sample + count - 1, as tokens (count, seq_len + 1)."""
+        """Returns `count` samples from index first_sample on, as tokens (count, seq_len + 1)."""
         rows = _Rows(count, self.seq_len, self.mask, self.chats)
         for stream, (rows_B, samples_B) in zip(self._streams, self._schedule.assign(first_sample, count), strict=True):
             for row, window in zip(rows_B.tolist(), stream.windows_N(samples_B).tolist(), strict=True):
@@ -82,7 +77,7 @@ class TrainingData:
         return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Maps each source to the number of epochs of its training text in this many samples."""
+        """Maps each source to its number of epochs in these samples."""
         counts = self._schedule.counts(samples)
         return {
             name: float(count / stream.sequences)
@@ -90,29 +85,26 @@ class TrainingData:
         }
 
     def repeats(self, samples: int) -> str | None:
-        """Returns a warning if a run of this many samples reads a source more than once, else None."""
+        """Returns a warning if a source is read more than once."""
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None
         return f"the run reads its training text more than once ({', '.join(often)}): repeated text is less useful than new text; stop when the held-out loss no longer falls"
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Returns the names of the sources whose second epoch begins between the samples `before` and `after`."""
+        """Returns the sources whose second epoch begins between `before` and `after`."""
         then = self.epochs(before)
         return [name for name, times in self.epochs(after).items() if then[name] <= 1 < times]
 
 
 class ValidationData:
-    """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
-    no fill-in-the-middle (FIM) documents.
+    """Fixed sequences, spread evenly over the held-out documents. They are the same for every seed and have no FIM.
 
-    Bits per byte = loss of all targets in nats / ln 2 / text_bytes. text_bytes is the length of the targets' text. eos
-    counts in the loss, but has 0 bytes of text.
+    Bits per byte = loss of all targets in nats / ln 2 / text_bytes. eos has 0 bytes.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: number of sequences in total, split among sources by their weights. None:
-        log.validation_sequences."""
+        """sequences: number of sequences; None: log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
@@ -130,12 +122,11 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
-        """Returns the number of sequences, which is lower than requested if the held-out text is short."""
+        """Returns the number of sequences, fewer for a short held-out text."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:
-        """Returns the sequences first to first + count - 1, as tokens (count, seq_len + 1). The last batch may be
-        shorter."""
+        """Returns up to `count` sequences from `first` on, as tokens (count, seq_len + 1)."""
         places = self._places[first : first + count]
         rows = _Rows(len(places), self.seq_len, self.mask, self.chats)
         for row, (stream, window) in enumerate(places):
@@ -143,7 +134,7 @@ class ValidationData:
         return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Number of bytes of the text that this batch's targets decode to. In chats, only learnt targets count."""
+        """Bytes of text of this batch's targets; in chats, of learnt targets."""
         bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
         learnt_BT = batch.learnt_BT
         return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())
@@ -152,7 +143,7 @@ class ValidationData:
 def _stream(
     documents: Documents, config: Config, tokenizer: Tokenizer, seed: int, fim_rate: float = 0.0
 ) -> Stream | PackedChats:
-    """Returns a reader of training sequences from these documents: continuous text, or packed chats."""
+    """Returns a reader of training sequences: continuous text, or packed chats."""
     if config.data.chats:
         return PackedChats(documents, config.seq_len, tokenizer.eos_id, seed)
     return Stream(documents, config.seq_len, tokenizer.eos_id, seed, tokenizer.fim_ids, fim_rate)
@@ -168,7 +159,7 @@ class _Rows:
         self._supervised_BS = np.empty(shape, np.bool_) if chats else None
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Returns the buffers of one row for the caller to fill: tokens, document indices, supervised mask."""
+        """Returns a row's buffers to fill: tokens, document indices, supervised mask."""
         numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
         return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
 

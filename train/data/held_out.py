@@ -1,8 +1,7 @@
 """Chooses the documents that are held out for validation.
 
-A document is held out if the hash of its stable id is below validation_fraction of the hash range. So a new document
-does not change whether another one is held out. At least one document is held out, and at least one is used for
-training. A single document is cut in two, and its last part is held out.
+A document is held out if the hash of its stable id is below validation_fraction of the hash range. Training and
+validation get at least one document each. A single document is cut in two.
 
 D = documents.
 """
@@ -17,16 +16,13 @@ from train.data.token_store import TokenStore
 from train.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 20
-"""Number of tokens that are read at a time to find where a single document is cut."""
+"""Number of tokens that are read at a time."""
 LONGEST_DOCUMENT = 16 << 20
-"""Maximum number of characters of one document on which a tokenizer is trained."""
+"""Maximum characters of a document to train a tokenizer on."""
 
 
 def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
-    """Returns for each of two or more documents whether it is held out (bool).
-
-    hashes_D: hashes of the stable ids. fraction: data.validation_fraction.
-    """
+    """Returns which documents are held out (bool). hashes_D: at least two."""
     held_D = hashes_D < np.uint64(fraction * 2**64)
     if not held_D.any():
         held_D[hashes_D.argmin()] = True
@@ -36,7 +32,7 @@ def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Documents, Documents]:
-    """Returns the training documents and the held-out documents of a token folder."""
+    """Returns training and held-out documents of a token folder."""
     starts_D, lengths_D = store.offsets_D1[:-1], np.diff(store.offsets_D1)
     if len(starts_D) == 1:
         cut = _cut(store.tokens_N, tokenizer.bytes_V, fraction)
@@ -51,7 +47,7 @@ def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) ->
 
 
 def all_documents(store: TokenStore) -> Documents:
-    """Returns all documents of a token folder, training and held-out. A single document is not cut in two."""
+    """Returns all documents of a token folder. A single document stays whole."""
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1), store.supervised_N)
 
 
@@ -62,11 +58,7 @@ def long_documents(documents: Documents, least: int) -> Documents:
 
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
-    """Returns how many tokens of a single document are used for training; the other tokens are held out.
-
-    Training gets the fraction 1 - `fraction` of the bytes. Each part gets at least one token. bytes_V: bytes per token
-    id.
-    """
+    """Returns how many tokens of a single document are for training."""
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
     goal = (1 - fraction) * ends[-1]
@@ -77,7 +69,7 @@ def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
 
 
 def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -> Iterator[str]:
-    """Yields training documents from all sources, about `limit` bytes in total, to train a tokenizer on."""
+    """Yields about `limit` bytes of training documents, from all sources."""
     for source in sources:
         documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
         if not documents:
@@ -91,7 +83,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """Returns the first documents of the iterator, until the training documents have `limit` characters in total."""
+    """Returns the first documents, with `limit` characters of training documents."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

@@ -1,8 +1,6 @@
-"""Reads documents from user code (data.source), pass after pass. A pass is one iteration over all documents of the
-source.
+"""Reads documents from user code (data.source), pass after pass over the source.
 
-A document's index within its pass decides whether the document is held out.
-
+A document's index within its pass decides whether it is held out.
 D = documents.
 """
 
@@ -27,7 +25,7 @@ from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"
 LOOKED_AT = 16
-"""Number of documents, from the start of the source, whose content is hashed to identify the data."""
+"""Number of first documents whose content identifies the data."""
 END = object()
 
 
@@ -40,13 +38,13 @@ class StreamMark:
     passes: int = 0
     """Number of completed passes."""
     document: int = 0
-    """Index, within the pass, of the document that contains the sample's first token."""
+    """Index, in its pass, of the document with the sample's first token."""
     skip: int = 0
-    """Number of tokens before the sample's first token in the document `document`."""
+    """Tokens before the sample's first token in this document."""
     pass_samples: int = 0
-    """Number of samples in the first pass; 0 while the first pass has not ended."""
+    """Samples in the first pass; 0 until the pass has ended."""
     state: str | None = None
-    """The source's state_dict as JSON, taken before the source gave the document; None without a state_dict."""
+    """The source's state_dict before this document, as JSON, or None."""
 
 
 class OwnDocument(NamedTuple):
@@ -63,8 +61,7 @@ class OwnDocuments:
 
     field = KEY
     size = 1 << 21
-    """Number of characters, from the beginning of the source, on which a tokenizer is trained. It is fixed, because a
-    source may be endless."""
+    """Characters to train a tokenizer on; fixed, because sources may be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
         """tokenizer: tokenises the documents; None if it is not trained yet."""
@@ -74,7 +71,7 @@ class OwnDocuments:
         self._tokenizer, self._rows = tokenizer, config.model.vocab_size
 
     def walk(self, mark: StreamMark = StreamMark()) -> Iterator[OwnDocument]:
-        """Yields the documents from the position `mark` on, pass after pass, without end."""
+        """Yields the documents from `mark` on, without end."""
         source = make(KEY, self._section)
         says_state = hasattr(source, "state_dict")
         passes, number = mark.passes, 0
@@ -98,7 +95,7 @@ class OwnDocuments:
         return hash_id(str(document.number)) < self._fraction * 2**64
 
     def tokens(self, document: OwnDocument) -> np.ndarray:
-        """Returns the token ids of a document, with eos at the end (int64); empty for an empty document."""
+        """Returns token ids and eos of a document (int64); empty without text."""
         assert self._tokenizer is not None
         if isinstance(document.content, str):
             ids = [id for part in self._tokenizer.encode_batch(list(in_parts(document.content))) for id in part]
@@ -114,11 +111,7 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Returns held-out documents from the start of a pass, until they have `wanted` tokens in total or the pass
-        ends.
-
-        Raises UserError if the source has no held-out document or no training document.
-        """
+        """Returns held-out documents with about `wanted` tokens. Raises UserError for too few."""
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not self.is_held_out(document):
@@ -138,7 +131,7 @@ class OwnDocuments:
         return []
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Returns the hash of the section data.source and of the first LOOKED_AT documents."""
+        """Returns the hash of data.source and its first LOOKED_AT documents."""
         hashed = hashlib.blake2b(json.dumps(dict(self._section), sort_keys=True).encode(), digest_size=16)
         for document in islice(takewhile(lambda one: not one.passes, self.walk()), LOOKED_AT):
             content = document.content
@@ -146,7 +139,7 @@ class OwnDocuments:
         return hashed.hexdigest()
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields index and text of the first pass's documents, for training a tokenizer."""
+        """Yields index and text of the first pass's documents."""
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not isinstance(document.content, str):
                 rule = f"is unknown, and {self.name} gives token ids, not text for training a tokenizer"

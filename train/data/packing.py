@@ -1,20 +1,18 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
-The algorithm. In epoch e, the documents have a random order that depends on (seed, e), and eos ends each document. The
-epochs follow one another as one endless stream of tokens. Window w is a training sequence: it covers the tokens w*S to
-w*S + S (inclusive) of the stream, where S is seq_len. Neighbouring windows overlap by one token, so every token is the
-target of exactly one window. The samples of epoch e are the windows that begin inside epoch e. A second shuffle orders
-these windows, so that the parts of a long document are rarely in one batch.
+- Each epoch has a random order of the documents, and eos ends each document. The epochs are one endless stream of
+  tokens.
+- Window w is a training sequence: the tokens w*seq_len to (w + 1)*seq_len (inclusive) of the stream. Every token is the
+  target of exactly one window.
+- The samples of epoch e are the windows that begin in it, in a second random order.
 
-Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
-document is cut between tokens, so the FIM document is always three tokens longer. Document g of the stream (counted
-from 0) becomes a FIM document if floor((g+1)*rate) > floor(g*rate). Formulas give the start of every epoch and the
-position of every sample, so a resumed run does not read earlier data again.
+Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. It
+adds three tokens. Document g of the stream becomes a FIM document if floor((g+1)*rate) > floor(g*rate). So formulas
+give the position of every sample, and a resumed run does not read earlier data again.
 
-The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
-epochs are in memory.
+The document orders of the two newest epochs are in memory.
 
-D = documents, S1 = seq_len + 1, N = any number of samples.
+D = documents, S = seq_len + 1, N = any number of samples.
 """
 
 from bisect import bisect_left, insort
@@ -41,8 +39,7 @@ class Documents:
     lengths_D: np.ndarray
     """Number of tokens of each document, without eos (int64)."""
     supervised: np.ndarray | None = None
-    """uint8 for each token of the file: 1 if the token is supervised (the loss includes its prediction). None: all
-    tokens are supervised."""
+    """uint8 for each token: whether the loss includes its prediction. None: all."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -52,14 +49,11 @@ class Documents:
 class _Epoch:
     order_D: np.ndarray
     ends_D: np.ndarray
-    """End of each document in the order of the epoch, in tokens from the epoch's start."""
+    """End of each document, in the epoch's order, in tokens."""
 
 
 class Stream:
-    """The endless token stream over some documents, and its windows, which are the training sequences.
-
-    eos: the token after each document. fim: the tokens (begin, hole, end), required if fim_rate > 0.
-    """
+    """The endless token stream over some documents. fim: tokens (begin, hole, end)."""
 
     def __init__(
         self,
@@ -78,8 +72,7 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Mean number of tokens in an epoch. An epoch may have three tokens more or fewer, because the number of FIM
-        documents is an integer."""
+        """Mean tokens of an epoch, which may have three more or fewer."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
@@ -87,11 +80,11 @@ class Stream:
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Returns the number of samples before this epoch: the windows that begin before its first token."""
+        """Returns the number of samples before this epoch."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """Returns the window index (int64) of each sample. The indices in samples_N must increase."""
+        """Returns each sample's window index (int64). samples_N must increase."""
         windows_N = np.empty(len(samples_N), dtype=np.int64)
         done = 0
         while done < len(samples_N):
@@ -110,18 +103,17 @@ class Stream:
 
     @property
     def whole_windows(self) -> int:
-        """Number of windows (training sequences) that lie entirely in the first epoch."""
+        """Number of windows that lie entirely in the first epoch."""
         return (self.tokens_before(1) - 1) // self.seq_len
 
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None = None
     ) -> None:
-        """Fill the buffers with one window: its tokens, and their document indices, counted from 0 in the window."""
+        """Fill the buffers with one window: its tokens and document indices."""
         self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
-        """Fill tokens_S with the stream's tokens from the position `first_token`. Fill numbers_S with each token's
-        document index, counted from 0 in this buffer."""
+        """Fill the buffers with the stream's tokens from `first_token` on, and document indices."""
         number, filled = 0, 0
         for pieces, skip in self._documents_from(first_token):
             begin = filled
@@ -140,10 +132,7 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Yields documents of the stream, beginning with the one that contains the token at this position.
-
-        Yields token arrays, and the number of tokens to skip, which is 0 for all documents except the first.
-        """
+        """Yields (token arrays, number of tokens to skip) of each document, from this token on."""
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
         epoch = self._epoch(number)
@@ -168,11 +157,11 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """Number of FIM documents among the first `place` documents of the stream. place: an int or an int64 array."""
+        """FIM documents among the first `place` documents (int or int64 array)."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
-        """Returns the order and the ends of an epoch's documents. They are computed on first use."""
+        """Returns an epoch's document order and ends, computed on first use."""
         if number not in self._epochs:
             size = len(self.documents)
             order_D = shuffled_D(key(self.seed, number, 0), size)
@@ -188,8 +177,7 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        position: index of a token or of a sample. before: maps an epoch to its first index. tokens: tokens per index,
-        which is 1 or the length of a sample.
+        before: maps an epoch to its first position. tokens: tokens per position.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:
@@ -201,24 +189,20 @@ class Stream:
 
 # PackedChats fills sequences with whole, independent chats, as a pure function of (seed, index).
 #
-# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into the
-# fullest sequence that has enough free space (best fit, decreasing). A sorted list of the distinct free spaces, at most
-# seq_len + 1 of them, finds this sequence. Padding fills the rest of a sequence and has no loss. The same chats share a
-# sequence in all epochs; the order of the sequences changes from epoch to epoch.
+# The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into the fullest sequence
+# that has enough free space (best fit, decreasing). Padding fills the rest of a sequence. Only the order of the
+# sequences changes from epoch to epoch.
 #
-# D = chats, S1 = seq_len + 1 tokens of a sequence, N = any number of samples.
+# D = chats, S = seq_len + 1, N = any number of samples.
 
 
 def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
-    """Returns the indices of the chats in each sequence.
-
-    room: number of tokens of a sequence. No chat may be longer, and no chat is split.
-    """
+    """Returns the indices of the chats in each sequence of `room` tokens."""
     order_D = shuffled_D(key(seed, 0), len(lengths_D))
     order_D = order_D[np.argsort(-lengths_D[order_D], kind="stable")]
     sequences: list[list[int]] = []
     with_space: dict[int, list[int]] = {}
-    """Maps an amount of free space to the indices of the sequences with this free space."""
+    """Maps free space to the indices of sequences with this space."""
     spaces: list[int] = []
     """The keys of `with_space`, sorted."""
     for chat, length in zip(order_D.tolist(), lengths_D[order_D].tolist(), strict=True):
@@ -240,7 +224,7 @@ def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
 
 
 class PackedChats:
-    """The endless samples of packed chats. `train.data.dataset` uses them like a `Stream`."""
+    """The endless samples of packed chats, with the methods of `Stream`."""
 
     def __init__(self, documents: Documents, seq_len: int, eos: int, seed: int):
         """eos: the end-of-document token, which is also used as padding."""
@@ -258,7 +242,7 @@ class PackedChats:
         return len(self._sequences)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """Returns the sequence index (int64) of each sample. samples_N: indices of the samples."""
+        """Returns the sequence index (int64) of each sample."""
         count = len(self._sequences)
         epochs_N, inside_N = np.divmod(samples_N.astype(np.int64), count)
         found_N = np.empty(len(samples_N), dtype=np.int64)
@@ -270,10 +254,7 @@ class PackedChats:
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None
     ) -> None:
-        """Fill the buffers with one sequence: its tokens, the index of each token's chat, and the supervised mask.
-
-        Chats are numbered from 0 within the sequence; padding has -1.
-        """
+        """Fill the buffers with one sequence: tokens, chat indices (-1: padding), supervised mask."""
         assert numbers_S is not None and supervised_S is not None
         tokens_S[:], numbers_S[:], supervised_S[:] = self._eos, -1, False
         at = 0

@@ -1,4 +1,4 @@
-"""Builds batches in a background thread, a few ahead of the training step."""
+"""Builds batches in a background thread, a few steps ahead."""
 
 import time
 from collections import deque
@@ -10,11 +10,10 @@ from train.data.batch import Batch
 
 
 class Prefetch:
-    """Iterates over the batches of a plan, and builds them in a thread before they are needed.
+    """Iterates over the batches of a plan, which a thread builds in advance.
 
-    make: builds one batch. plan: yields arguments of `make`, a tuple for each batch. ahead: number of batches that are
-    built in advance. An exception of `make` or the plan is raised at its batch. `close` stops the thread and ends the
-    iteration.
+    make: builds one batch. plan: yields the arguments of `make`. An exception of `make` or the plan is raised at its
+    batch.
     """
 
     def __init__(self, make: Callable[..., Batch], plan: Iterable[tuple[int, int]], ahead: int = 2):
@@ -42,7 +41,7 @@ class Prefetch:
         return batch
 
     def close(self) -> None:
-        """Stop the thread and wait for the batch that it is building."""
+        """Stop the thread and wait for its current batch."""
         self._coming.clear()
         self._pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""Prepares the data of a rank, and computes the number of steps of a run that sets `epochs`."""
+"""Prepares a rank's data, and computes the number of steps for `epochs`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -24,18 +24,16 @@ class PreparedData:
     validation: ValidationData
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of everything that determines the samples, except seed and seq_len. Each checkpoint stores it."""
+    """Hash of everything that determines samples, except seed and seq_len."""
     held_out: dict[str, Any]
-    """Identifies the held-out documents: the fraction, the rule (data.hold_out_by), and each source's name and content.
-    Each checkpoint stores it."""
+    """Identifies the held-out documents: fraction, rule, and each source's name and content."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
-    """Jinja templates that rendered the chats: maps a file name to its text. Empty if a function rendered them; None if
-    the data are not chats."""
+    """Jinja templates of the chats, by file name. None without chats."""
 
     def save_words(self, folder: Path) -> None:
-        """Write the tokenizer's files. The template that rendered the chats replaces the tokenizer's templates."""
+        """Write the tokenizer's files, with the template that rendered the chats."""
         files = self.tokenizer.files
         if self.template_files is not None:
             files = {name: text for name, text in files.items() if name not in TEMPLATE_FILES.values()}
@@ -43,11 +41,7 @@ class PreparedData:
 
 
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
-    """Find or build the tokenizer and the tokens, and open them. Raises UserError.
-
-    If another process builds the same data, this process waits for it. The driver calls this function first, so the
-    ranks find everything in the cache.
-    """
+    """Open tokenizer and tokens, and build them if missing. Raises UserError."""
 
     def tell(stage: str, done: int, total: int) -> None:
         got_on()
@@ -68,10 +62,7 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """Returns the recipe with the number of steps that read all sources `epochs` times.
-
-    The last step may read some sequences again. Builds the tokens if they are missing. Raises UserError.
-    """
+    """Returns the recipe with as many steps as `epochs` need. Raises UserError."""
     assert config.epochs is not None
     with show_progress() as progress:
         corpus = build_corpus(config, progress)

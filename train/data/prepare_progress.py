@@ -1,4 +1,4 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise lines; nothing for cached data."""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, or lines."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 ReportProgress = Callable[[str, int, int], None]
-"""A function that is called with the stage's name, the bytes done and the total bytes."""
+"""Called with the stage's name, the bytes done and all bytes."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -22,7 +22,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def show_progress() -> Iterator[ReportProgress]:
-    """Returns a context that provides a progress callback for `prepare` and `build_corpus`."""
+    """Returns a context that gives a progress callback for `prepare`."""
     with ExitStack() as stack:
         yield _Bar(stack) if sys.stderr.isatty() else _Lines()
 
@@ -49,7 +49,7 @@ class _Bar:
 
     @cached_property
     def _progress(self) -> "ProgressBar":
-        """The bar is created on first use, because the import of rich takes time."""
+        """Created on first use, because importing rich takes time."""
         from rich import progress
 
         from conf.screen import Terminal

@@ -1,5 +1,4 @@
-"""Checks at most once per process whether the Hugging Face Hub is reachable. The check has a time limit; the Hub's
-libraries would retry for minutes."""
+"""Checks once per process, with a time limit, whether the Hugging Face Hub is reachable."""
 
 import os
 import sys
@@ -9,20 +8,17 @@ from functools import cache
 from threading import Thread
 
 REACH_SECONDS = 10.0
-"""Time limit of the check in seconds, including the look-up of the host name."""
+"""Time limit in seconds, including the host name look-up."""
 
 
 def hub() -> str:
-    """Returns the address of the Hub, from the environment variable that the Hub's libraries read."""
+    """Returns the address of the Hub, from HF_ENDPOINT if set."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @cache
 def offline_reason() -> str | None:
-    """Returns the reason why the Hub is unreachable; None if it is reachable.
-
-    If the Hub is unreachable, the Hub's libraries use only their caches for the rest of the process.
-    """
+    """Returns why the Hub is unreachable, or None. Then its libraries use only caches."""
     wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
         "1",
         "ON",
@@ -50,7 +46,7 @@ def _unreachable(address: str) -> str | None:
         except (OSError, ValueError) as error:
             reasons[0] = str(getattr(error, "reason", error))
 
-    asking = Thread(target=ask, daemon=True)  # a thread, because the look-up of the host name has no time limit
+    asking = Thread(target=ask, daemon=True)  # a thread, because the host name look-up has no time limit
     asking.start()
     asking.join(REACH_SECONDS)
     return reasons[0]

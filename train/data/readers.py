@@ -1,7 +1,4 @@
-"""Reads documents (stable id, text) from one file. Only a part of the file is in memory at a time.
-
-Raises UserError if the file is unreadable.
-"""
+"""Reads documents (stable id, text) from one file, in pieces. Raises UserError."""
 
 import gzip
 import io
@@ -19,16 +16,14 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 TEXT_PIECE_BYTES = 16 << 20
-"""Maximum bytes of a text document. A longer file is cut at line ends into several documents."""
+"""Maximum bytes of a text document. A longer file is cut."""
 READ_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Maximum bytes of a JSONL line. Two copies of a complete line may be in memory."""
+"""Maximum bytes of a JSONL line, which may be in memory twice."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
-"""Limits against decompression bombs. Output of more than FREE bytes may be at most LARGEST_RATIO times the file size.
-"""
+"""Maximum decompressed bytes: the larger of FREE and LARGEST_RATIO times the file size."""
 ZSTD_INPUT = 4 << 10
-"""Number of compressed bytes that one call decompresses. 4 bytes of Zstandard can become 128 KiB, so one call produces
-at most 128 MiB."""
+"""Compressed bytes per call: 4 bytes of Zstandard can become 128 KiB."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -36,7 +31,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 class SourceFile:
     path: Path
     name: str
-    """Path relative to the source's root, with slashes, so that it is the same on every machine."""
+    """Path relative to the source's root, the same on every machine."""
     size: int
     modified: int
     """Time of the last change (mtime) in ns."""
@@ -45,8 +40,7 @@ class SourceFile:
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
     """Yields the file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
 
-    binary: receives the names of binary files, which yield nothing. As in git, a NUL in the first 8 KiB makes a file
-    binary. None: no such check.
+    binary: receives the names of binary files, which yield nothing; None: no check.
     """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
@@ -64,11 +58,7 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Returns the position at which `block` is cut into two documents.
-
-    The cut is after the last line end in the second half of the block. Without a line end, it is before the last
-    character.
-    """
+    """Returns where to cut `block`: after a line end, or before the last character."""
     line = block.rfind(b"\n", len(block) // 2) + 1
     if line:
         return line
@@ -97,7 +87,7 @@ def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[st
 
 
 def read_jsonl_records(file: SourceFile, field: str) -> Iterator[tuple[str, str, object]]:
-    """Yields the stable id, the place for error messages, and the value of each line."""
+    """Yields each line's stable id, place for errors, and value."""
     offset = number = 0
     for line in read_lines(file, field):
         number, size = number + 1, len(line)
@@ -131,12 +121,12 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the configuration key of text_key for the key `field`: data.text_key for data.path."""
+    """Returns the key of text_key beside `field`: data.text_key for data.path."""
     return field.removesuffix("path") + "text_key"
 
 
 def check_text(value: object, place: str, text_key: str, field: str) -> str:
-    """Returns the value as text; null becomes an empty text. Raises UserError for other values that are not text."""
+    """Returns the value as text; null is empty. Raises UserError."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -149,7 +139,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 
 def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
-    """Yields the lines of the file, decompressed according to the suffix of its name."""
+    """Yields the lines of the file, decompressed by its suffix."""
     with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):
             stream = io.BufferedReader(_Zstandard(raw), READ_BYTES)
@@ -162,7 +152,7 @@ def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
 
 
 def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> Iterator[bytes]:
-    """Yields the lines of a stream. Raises UserError if a line or the decompressed data are too large."""
+    """Yields the lines of a stream. Raises UserError for too much data."""
     largest = max(FREE, LARGEST_RATIO * file.size)
     number = size = 0
     while line := readline(LONGEST_LINE + 1):
@@ -179,11 +169,11 @@ def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> 
 
 
 class _BrokenError(Exception):
-    """The data are not valid Zstandard, or end in the middle of a frame."""
+    """The data are not complete, valid Zstandard."""
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses Zstandard frames. Unlike the library's reader, it detects a truncated last frame."""
+    """Decompresses Zstandard frames, and detects a truncated last frame."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard  # imported only when such a file is read
@@ -232,10 +222,7 @@ def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[
 def read_parquet_records(
     file: SourceFile, field: str, columns: Callable[[list[str]], list[str]]
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields the stable id, the place for error messages, and the values of each row.
-
-    columns: a function that gets the names of all columns and returns the names of those to read.
-    """
+    """Yields each row's stable id, place for errors, and values of chosen columns."""
     import pyarrow
     import pyarrow.parquet  # takes half a second, so imported only when such a file is read
 

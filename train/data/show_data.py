@@ -1,7 +1,4 @@
-"""mode=show_data: prints chats with the learnt text in green, and totals.
-
-The loss includes the predictions of learnt text.
-"""
+"""mode=show_data: prints chats with the learnt text in green, and totals."""
 
 import numpy as np
 from rich.table import Table
@@ -40,7 +37,7 @@ def show_data(config: Config) -> int:
 
 
 def _spread(count: int) -> list[int]:
-    """Returns the indices of the chats to show, spread evenly over all chats."""
+    """Returns the indices of the chats to show, spread evenly."""
     return sorted({count * place // SHOWN_CHATS for place in range(SHOWN_CHATS)}) if count else []
 
 

@@ -1,8 +1,6 @@
-"""Random orders as pure functions of integers, without state. No library's generator is used, because a new
-version may change it.
+"""Random orders as pure functions of integers, because a library's generator may change.
 
-The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
-`permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
+`permute_N` evaluates a permutation point by point, so sample 10^9 costs the same as sample 0.
 """
 
 import numpy as np
@@ -11,14 +9,14 @@ MASK = 2**64 - 1
 
 
 def _mix(x: int) -> int:
-    """The finaliser of splitmix64: a bijection of 64-bit numbers whose output looks random."""
+    """The finaliser of splitmix64, a bijection of 64-bit numbers."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
     return x ^ (x >> 31)
 
 
 def key(*numbers: int) -> int:
-    """Returns a 64-bit seed for this sequence of integers. The order and the length of the sequence matter."""
+    """Returns a 64-bit seed for this sequence of integers."""
     state = len(numbers)
     for number in numbers:
         state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)
@@ -34,15 +32,14 @@ def noise_N(seed: int, index_N: np.ndarray) -> np.ndarray:
 
 
 def shuffled_D(seed: int, size: int) -> np.ndarray:
-    """Returns the integers 0 to size - 1 (int64) in random order, in O(size)."""
+    """Returns 0 to size - 1 (int64) in random order, in O(size)."""
     return np.argsort(noise_N(seed, np.arange(size, dtype=np.uint64)), kind="stable")
 
 
 def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
     """Returns the images (int64) of index_N under a random permutation of [0, size), in O(1) per index.
 
-    Four Feistel rounds permute the smallest range [0, 2^(2k)) that contains [0, size). An image outside [0, size) is
-    permuted again until it falls inside (cycle walking, fewer than 4 times on average).
+    Four Feistel rounds permute a larger range. An image outside [0, size) is permuted again (cycle walking).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

@@ -1,16 +1,15 @@
 """Sources of documents: files of several formats, each a stream of (stable id, text).
 
 A document is:
-  text     a file; a file over 16 MiB is cut at line ends into several documents. In a folder, binary files (a NUL among
-           the first 8 KiB) are left out and counted in the notes. Any other file must be UTF-8.
+  text     a file in UTF-8; a file over 16 MiB is cut at line ends. Binary files in a folder are left out.
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
   stdlib   each .py file of Python's standard library, without site-packages and the library's tests
   docstrings  a chat made from a docstring in the files of stdlib (train/data/chats.py)
 
-Documents without text are left out. Only the stable id of a document decides whether it is held out. By default, the id
-is a hash of the content. With data.hold_out_by=name, and for stdlib and docstrings, the id is the path relative to the
-source's root, with the line or row.
+Documents without text are left out. A document's stable id decides whether it is held out. By default, the id is a hash
+of the content. With data.hold_out_by=name, and for stdlib and docstrings, it is the path in the source, with the line
+or row.
 """
 
 import hashlib
@@ -50,7 +49,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""A tokenizer's training sample contains at least this number of characters of each file, or the whole file."""
+"""Minimum characters of each file in a tokenizer's training sample."""
 
 
 class DocumentSource(Protocol):
@@ -62,19 +61,19 @@ class DocumentSource(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of bytes on disk, for the progress display and for sampling."""
+        """Bytes on disk, for the progress display and for sampling."""
 
     def notes(self) -> list[str]:
         """Notes for the user, available after the documents were read."""
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Returns the hash of the content and of the settings with which it is read."""
+        """Returns the hash of the content and of its settings."""
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields the stable id and the text of every document that has text."""
+        """Yields stable id and text of every document with text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Yields documents so that the first `limit` bytes are a sample of the whole source."""
+        """Yields documents whose first `limit` bytes sample the whole source."""
 
 
 @dataclass
@@ -87,9 +86,9 @@ class FileSource:
     files: list[SourceFile]
     reader: Callable[[SourceFile], Iterator[tuple[str, Any]]]
     way: str
-    """Settings with which the files are read (format and text key). The digest covers them."""
+    """Settings of the reader (format and text key), for the digest."""
     binary: set[str] = field(default_factory=set)
-    """Binary files that were left out, complete after all files have been read."""
+    """Binary files that were left out, complete after reading all files."""
 
     @property
     def size(self) -> int:
@@ -124,7 +123,7 @@ class FileSource:
 
 
 def sources_of(config: Config) -> list[tuple[MixSource, str]]:
-    """Returns the sources of the data, each with its configuration key. Without data.mix there is one source."""
+    """Returns the sources of the data, each with its configuration key."""
     data = config.data
     if data.mix:
         return [(source, f"data.mix[{number}].path") for number, source in enumerate(data.mix)]
@@ -132,11 +131,7 @@ def sources_of(config: Config) -> list[tuple[MixSource, str]]:
 
 
 def open_source(source: MixSource, key: str, by_content: bool = False) -> DocumentSource:
-    """Find the files of a source. Raises UserError if there is no data or the format is unclear.
-
-    key: the configuration key of the source. by_content: whether the content decides if a document is held out
-    (data.hold_out_by).
-    """
+    """Find the files of a source. Raises UserError."""
     kind = format_of(source, key)
     assert kind not in CHATS, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
@@ -169,11 +164,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a chat source. Its documents are `Chat` objects.
-
-    way: a text with the settings on which the tokens depend, except the source's settings. by_content: whether
-    the content decides if a chat is held out (data.hold_out_by).
-    """
+    """Find the files of a chat source. way: text of other settings."""
     if source.path.startswith("hf://"):
         rule, cure = (
             "is on the Hugging Face Hub, and chats must be files",
@@ -201,8 +192,7 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """Returns a record's chat as canonical text. The text is independent of the order of keys and of the format:
-    Parquet writes absent keys as null."""
+    """Returns a record's chat as text, without key order and nulls."""
     return json.dumps(
         without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )
@@ -213,7 +203,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """Returns the configured format. For `auto`, and for `stdlib` with a path, file names show the format."""
+    """Returns the configured format, or the format that file names show."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
@@ -261,8 +251,7 @@ def _kind(name: str) -> DataFormat:
 # Hugging Face datasets through the optional package `datasets`: hf://NAME[@CONFIG][:SPLIT]; the default split is
 # `train`.
 #
-# NAME is a dataset of the hub, a folder saved with save_to_disk, or a folder that load_dataset can read. The package
-# keeps its own memory-mapped copy, so this code holds only a few rows in memory.
+# NAME is a dataset of the hub, a folder saved with save_to_disk, or a folder that load_dataset can read.
 
 HUB_ROWS = 256
 
@@ -278,7 +267,7 @@ class HubSource:
     table: Any
     """The dataset, a datasets.Dataset."""
     by_content: bool
-    """Whether a document's content, instead of its row number, decides if it is held out."""
+    """Whether content, instead of the row number, decides what is held out."""
 
     @property
     def size(self) -> int:
@@ -309,8 +298,7 @@ class HubSource:
 
 
 def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> HubSource:
-    """Load the dataset split that `path` names. Raises UserError if the package, network, dataset, split or column is
-    missing."""
+    """Load the dataset split that `path` names. Raises UserError."""
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
         raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it in this form")
@@ -340,19 +328,17 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
     return HubSource(key, path, split, text_key, table, by_content)
 
 
-# Finds the files of a source, and hashes their content. Files that did not change are not read again.
+# Finds the files of a source, in the order of their paths, and hashes changed files.
 #
-# The order is that of the files' paths. Hidden files are left out: their name, or the name of a folder above them,
-# begins with a dot. Links to folders are not followed.
+# Names that begin with a dot, and links to folders, are left out.
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
-"""Time in nanoseconds. A file that was changed within this time before hashing may change again without a new
-timestamp, so its hash is not stored."""
+"""Nanoseconds. The hash of a file that changed so recently is not stored."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
-    """Returns the file `root`, or the files under the folder `root`. Raises UserError if nothing exists there."""
+    """Returns the file `root`, or the files under it. Raises UserError."""
     try:
         if root.is_file():
             return [_file(root, root.name)]
@@ -374,10 +360,7 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 
 
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
-    """Builds the UserError for a data file that cannot be read.
-
-    error: from the operating system or a library; a library's error may have a text and no errno.
-    """
+    """Builds the UserError for an unreadable data file."""
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
 
@@ -391,30 +374,23 @@ def _raise(error: OSError) -> None:
 
 
 def content_id(place: str, content: str) -> str:
-    """Returns the stable id of a document whose content decides whether it is held out.
-
-    The id consists of the document's place (for error messages) and its hash.
-    """
+    """Returns a stable id: the document's place, and its content's hash."""
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Returns the place of the document with this stable id: a path relative to the source's root, with the line
-    or row."""
+    """Returns the place in a stable id: path, with line or row."""
     return name.partition("\0")[0]
 
 
 def hash_id(name: str) -> int:
-    """Returns the 64-bit hash of a document's stable id, which decides whether the document is held out."""
+    """Returns the hash of a stable id, which decides what is held out."""
     name = name.rpartition("\0")[2]
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
-    """Returns the hash of the names and contents of the files.
-
-    Only changed files are read: the manifest stores each file's hash with its size and mtime.
-    """
+    """Returns the hash of names and contents. Reads only changed files."""
     known = _read_manifest(manifest)
     changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
     total, done = sum(file.size for file in changed), 0
@@ -437,7 +413,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """Returns the content of the manifest; empty if it is missing or damaged, so that the caller writes it again."""
+    """Returns the content of the manifest; empty if missing or damaged."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -446,10 +422,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 
 
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
-    """Returns the hash of a file's content.
-
-    progress: called with the number of bytes read so far, including `done`, the bytes of earlier files.
-    """
+    """Returns a file's hash. progress: called with bytes read, from `done` on."""
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:

@@ -1,13 +1,10 @@
 """Training samples from the user's documents (data.source).
 
-A pass is one iteration over all documents of the source, in the source's order. eos ends each document. The passes
-follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S (inclusive) of the stream, S =
-seq_len. Every rank reads the whole stream and keeps only its samples.
+The passes over the source are one endless stream of tokens, with eos after each document. Sample i covers tokens i S to
+i S + S (inclusive) of the stream, S = seq_len. Every rank reads the whole stream.
 
-A checkpoint stores the number of samples and a mark. The mark is a position in the stream at or before the next sample:
-the pass, the document, and the number of tokens of this document that belong to earlier samples. To resume, a run reads
-the documents before the mark again and ignores their content. A source with `state_dict` and `load_state_dict` does not
-produce these documents again.
+A checkpoint stores a mark: a position in the stream at or before the next sample. A resumed run reads the documents
+before the mark again, unless the source has `state_dict` and `load_state_dict`.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -26,7 +23,7 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of recent batches whose marks are stored: more than the batches that are built in advance."""
+"""Number of stored marks: more than batches that are built in advance."""
 
 
 class StreamedData:
@@ -41,19 +38,19 @@ class StreamedData:
         self._marks: deque[StreamMark] = deque(maxlen=MARKS)
 
     def go_on(self, mark: dict[str, Any] | None) -> None:
-        """Resume at the `mark` that a checkpoint stores. None: start at the beginning."""
+        """Resume at a checkpoint's `mark`; None: start at the beginning."""
         self._start = StreamMark(**mark or {})
         self._pass_samples = self._start.pass_samples
 
     def mark(self, samples: int) -> dict[str, Any]:
-        """Returns the latest known mark (a position in the stream) at or before the sample with this index."""
+        """Returns the latest known mark at or before this sample."""
         known = [mark for mark in (self._start, *self._marks) if mark.sample <= samples]
         return asdict(replace(known[-1], pass_samples=self._pass_samples))
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Returns the samples first_sample to first_sample + count - 1, as tokens (count, seq_len + 1).
 
-        If first_sample is less than in the previous call, the method reads the stream again from a mark.
+        A smaller first_sample than before restarts the stream at a mark.
         """
         if self._walk is None or first_sample < self._next:
             start = self._start if self._start.sample <= first_sample else StreamMark()
@@ -65,13 +62,12 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """Yields the stream's samples from the position `mark` on. For each sample: the mark where it begins,
-        its tokens (S1,), and each token's document index (S1,)."""
+        """Yields each sample from `mark` on: its mark, tokens (S1,), and document indices (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
             deque()
-        )  # each entry: a document, number of its tokens that are already used, number of its tokens in the buffer
+        )  # (document, number of its used tokens, number of its tokens in the buffer)
         for document in self._documents.walk(mark):
             if document.passes and not self._pass_samples:
                 self._pass_samples = sample
@@ -92,14 +88,13 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Maps the source's name to the number of passes that these samples cover; 0 until the first pass has ended."""
+        """Maps the source to its number of passes; 0 in the first pass."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:
-        """Returns None: the source's length is unknown, so nobody knows whether a run reads documents again."""
+        """Returns None, because the length of the source is unknown."""
         return None
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Returns the source's name if the first pass ended between the samples `before` and `after`, else an empty
-        list."""
+        """Returns the source's name if the first pass ended between these samples."""
         return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []

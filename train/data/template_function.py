@@ -2,9 +2,8 @@
 
     def render(messages, tools, add_generation_prompt, **keys) -> str
 
-messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether the text
-ends where the model begins its answer. The function must copy contents into its text unchanged, because Sluice finds
-the assistant's turns by probing (train/data/chat_template.py).
+messages: [{role, content, ...}] as in Jinja templates. add_generation_prompt: whether the text ends where the model
+begins its answer. The function must not change contents.
 """
 
 import copy
@@ -36,16 +35,14 @@ class FunctionTemplate(ChatTemplate):
     """A chat template that calls a Python function instead of Jinja."""
 
     def __init__(self, section: CodeSection, eos: str = ""):
-        """eos: the end-of-document token. Raises UserError if the function of data.template_function does not exist, or
-        does not accept a template's arguments."""
+        """eos: the end-of-document token. Raises UserError for an unsuitable function."""
         self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the function's source file and of the section data.template_function. If it changes, the chats are
-        rendered again. It does not cover modules that the function imports."""
+        """Hash of the function's source file and of data.template_function."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""
@@ -53,11 +50,11 @@ class FunctionTemplate(ChatTemplate):
 
     @property
     def files(self) -> dict[str, str]:
-        """Empty, because a function has no template text that a weights folder could store."""
+        """Empty: a function has no template text."""
         return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the function fails on a simple chat, or writes an unknown special token."""
+        """Raise UserError if the function fails or writes unknown special tokens."""
         try:
             text = self.prompt(PROBED_TURNS)
         except CannotRender as error:
@@ -80,10 +77,7 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """Returns the function or template that `data` names, else the template in the tokenizer's folder.
-
-    Raises UserError.
-    """
+    """Returns the function or template of `data`, else the folder's. Raises UserError."""
     if not data.template_function:
         return load_template(data.template, folder, tokenizer, data.template_keys)
     made = FunctionTemplate(data.template_function, tokenizer.eos)

@@ -8,8 +8,8 @@ A token folder contains
   tokenizer.json  the tokenizer that made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
 
-A folder is written under a temporary name, synced and renamed. Opening a folder compares the sizes and checksums of its
-files with meta.json. A large tokens.bin is not checked again while its size and mtime are unchanged.
+Opening a folder compares the sizes and checksums of its files with meta.json. A large tokens.bin is not checked again
+while its size and mtime are unchanged.
 
 D = documents, N = tokens.
 """
@@ -37,12 +37,12 @@ from conf.files import atomic_write_text, open_lock
 
 STORE_VERSION = 1
 ALWAYS_CHECKED = 64 << 20
-"""Maximum size, in bytes, of a tokens.bin whose checksum is compared at every start."""
+"""Maximum bytes of a tokens.bin that is checked at every start."""
 COPIED_BYTES = 8 << 20
 
 
 class DamagedStore(Exception):
-    """A token folder with damaged content; the message names the damaged part."""
+    """A token folder is damaged; the message names the part."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,12 @@ class TokenStore:
     meta: dict[str, Any]
     largest_id: int
     supervised_N: np.ndarray | None = None
-    """uint8, memory-mapped: 1 for each learnt token (the loss includes its prediction). None: all tokens are learnt."""
+    """uint8, memory-mapped: 1 for learnt tokens. None: all are learnt."""
 
 
 @contextmanager
 def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Returns a context that turns errors of a full disk or an unwritable folder into a UserError.
-
-    needed: total number of bytes to write, if known.
-    """
+    """Returns a context that turns disk errors into a UserError. needed: bytes to write."""
     try:
         yield
     except OSError as error:
@@ -89,9 +86,9 @@ def keep_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Returns a context that holds the lock of a cache entry. If another process holds it, calls `waiting` and waits.
+    """Returns a context that holds the lock of a cache entry. Calls `waiting` before it waits for another process.
 
-    The lock of a dead process is free. The next holder removes the dead process's unfinished files.
+    It also removes unfinished files of dead processes.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -110,10 +107,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 class StoreWriter:
-    """Writes a token folder. Use it as a context manager.
-
-    The folder gets its final name at the end of the context. After an error, nothing is left on the disk.
-    """
+    """Writes a token folder, completely or not at all, as a context manager."""
 
     def __init__(
         self,
@@ -124,10 +118,7 @@ class StoreWriter:
         expected: int = 0,
         supervised: bool = False,
     ):
-        """expected: approximate number of bytes of text, for error messages about a full disk.
-
-        supervised: whether `append` gets the mask of learnt tokens.
-        """
+        """expected: estimated bytes of text. supervised: whether `append` gets masks."""
         self.path, self.expected = path, expected
         self._masks: list[np.ndarray] | None = [] if supervised else None
         self.more: dict[str, Any] = {}
@@ -155,11 +146,10 @@ class StoreWriter:
         continues: bool = False,
         supervised_N: np.ndarray | None = None,
     ) -> None:
-        """Add documents. Documents without tokens are left out.
+        """Add documents. Documents without tokens are left out. ids_N: tokens of all documents, concatenated.
 
-        ids_N: tokens of all documents, concatenated. lengths_D, hashes_D: number of tokens and hash of each document.
-        text_bytes: bytes of their text. continues: whether the first document continues the previous call's last
-        document. supervised_N: uint8, 1 for each learnt token.
+        continues: whether the first document continues the previous call's last one. supervised_N: uint8, 1 for learnt
+        tokens.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):
@@ -168,7 +158,7 @@ class StoreWriter:
         if continues:
             self.lengths[-1][-1] += lengths_D[0]
             lengths_D, hashes_D = lengths_D[1:], hashes_D[1:]
-        if len(lengths_D):  # an empty last list would hide the last document from a call with `continues`
+        if len(lengths_D):  # an empty list would hide the last document from `continues`
             self.lengths.append(lengths_D)
             self.hashes.append(hashes_D)
         self.tokens += len(ids_N)
@@ -178,7 +168,7 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Estimates the size, in bytes, of the tokens of the complete text. more: bytes of tokens not yet counted."""
+        """Estimates the bytes of all tokens. more: bytes not yet counted."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -219,7 +209,7 @@ class StoreWriter:
         (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
     def _publish(self) -> None:
-        if self.path.exists():  # a damaged folder: move it away in one step, because a reader may have opened it
+        if self.path.exists():  # move a damaged folder away at once: a reader may use it
             old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
             os.rename(self.path, old)
             shutil.rmtree(old, ignore_errors=True)
@@ -227,17 +217,14 @@ class StoreWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Save an array. Unlike np.save, raises an OSError with an errno if the disk is full."""
+    """Save an array. A full disk raises an OSError with errno."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())
 
 
 def open_store(path: Path, marks: Path) -> TokenStore:
-    """Open and check a token folder. Raises DamagedStore, or OSError if the disk cannot read it.
-
-    marks: folder of small files that record which large token folders were checked.
-    """
+    """Open and check a token folder. Raises DamagedStore or OSError."""
     with reading(path):
         return _open(path, marks)
 
@@ -276,10 +263,7 @@ def _open(path: Path, marks: Path) -> TokenStore:
 
 
 def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:
-    """Compare the checksums of all files and return the largest token id.
-
-    If a file in `marks` shows that a large tokens.bin was already checked, the id comes from this file.
-    """
+    """Compare the checksums, unless `marks` records an earlier check. Returns the largest token id."""
     for name in sorted(checksums.keys() - {"tokens.bin"}):
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
             raise DamagedStore(f"{name} does not have the checksum in meta.json")
@@ -301,7 +285,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
 
 
 def _read_mark(path: Path) -> list | None:
-    """Returns the result of the last check of a token folder; None if there is no readable mark."""
+    """Returns the result of the last check, or None."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

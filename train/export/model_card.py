@@ -1,8 +1,6 @@
-"""Writes README.md of an exported folder: the model card.
+"""Builds README.md of an exported folder: the model card, from settings and measured figures.
 
-The card states only known facts: settings of the checkpoint, and figures that were measured at the exported step.
-"Before you publish" lists unknown facts. The card contains no local paths: it names a data source by the last part of
-its path.
+"Before you publish" lists unknown facts. The card contains no local paths.
 """
 
 import math
@@ -31,8 +29,7 @@ UNFINISHED = "TO BE FILLED IN"
 
 
 def _use(loader: str) -> list[str]:
-    """Returns the section on loading the model. loader: name of the transformers class; empty if transformers has no
-    class for the family."""
+    """Returns the section on loading. loader: transformers class; may be empty."""
     if not loader:
         return ["transformers has no class for these names; serving engines that know the released model read them.\n"]
     return [
@@ -43,13 +40,12 @@ def _use(loader: str) -> list[str]:
 
 
 def _head(family: ModelFamily) -> dict[str, Any]:
-    """Returns the fields of the card's YAML front matter, which the Hugging Face Hub reads."""
+    """Returns the card's YAML front matter for the Hugging Face Hub."""
     return CARD_HEAD | {"tags": [FAMILIES[family].model_types[0], *TAGS]}
 
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
-    """Returns the text of the card. notes: sentences about what transformers computes differently. length: maximum
-    number of tokens of a sequence."""
+    """Returns the card. notes: differences in transformers. length: maximum tokens of a sequence."""
     counts, step = count_parameters(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
@@ -77,7 +73,7 @@ def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes:
 
 
 def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str, str, str]]:
-    """Yields name, value and meaning of each figure that was measured at the exported step."""
+    """Yields name, value and meaning of figures at the exported step."""
     run = checkpoint.parents[1]
     file = run / "metrics.jsonl"
     heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []
@@ -95,7 +91,7 @@ def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str,
 
 
 def _evaluated(file: Path, checkpoint: Path, weights: str) -> Iterator[tuple[str, str, str]]:
-    """Yields name, value and meaning of each result in evaluate.json, if mode=evaluate measured these weights."""
+    """Yields name, value and meaning of results of mode=evaluate for these weights."""
     found = read_json(file, "name", "remove it; mode=evaluate writes it again") if file.is_file() else {}
     if (found.get("checkpoint"), found.get("weights")) != (str(checkpoint), weights):
         return
@@ -125,12 +121,12 @@ def _sources(config: Config) -> list[str]:
 
 
 def _sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sections model, optim and precision of the settings. These sections contain no local path."""
+    """Returns the sections model, optim and precision, without local paths."""
     return {name: settings[name] for name in ("model", "optim", "precision") if name in settings}
 
 
 def _name(path: str) -> str:
-    """Returns the name of a data source: hf://NAME, or the last part of a local path."""
+    """Returns the name of a data source, without a local path."""
     return path if path.startswith("hf://") else Path(path).name
 
 

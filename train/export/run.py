@@ -1,10 +1,7 @@
 """mode=export: writes a checkpoint of any layout as a folder for Hugging Face's classes (train/hf/families.py).
 
-An adapter's checkpoint becomes a folder for PEFT (train/hf/adapter_folder.py). With export.merge=true, the export adds
-the adapter to its base.
-
-Every Hugging Face tensor is an interval of a Sluice tensor (train/hf/tensor_names.py). The export converts a few
-million elements at a time. It writes to a hidden folder and renames it at the end, so the target is always complete.
+An adapter becomes a folder for PEFT. With export.merge=true, it is added to its base. A few million elements are
+converted at a time. The target folder appears only when it is complete.
 """
 
 import math
@@ -57,14 +54,13 @@ from train.hf.tokenizer_files import with_words_of, write_tokenizer
 SHARD_BYTES = 5e9
 """Maximum bytes of one weights file."""
 EXPORTED_ELEMENTS = 1 << 24
-"""Maximum number of elements that are converted at a time: 64 MB in fp32."""
+"""Maximum elements that are converted at a time: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
-"""Bytes of disk space to reserve for the tokenizer, the configuration and the table of tensors."""
+"""Disk space in bytes for tokenizer, configuration and table of tensors."""
 
 
 def export(config: Config) -> int:
-    """Write the folder export.to and print its contents; returns the exit code. On UserError nothing is left on
-    disk."""
+    """Write the folder export.to, completely or not at all; returns the exit code."""
     with show_progress() as progress:
         said = write_export(config, progress)
     for line in said:
@@ -73,7 +69,7 @@ def export(config: Config) -> int:
 
 
 def write_export(config: Config, progress: ReportProgress) -> list[str]:
-    """Write the folder export.to; returns lines about its contents. On UserError nothing is left on disk."""
+    """Write the folder export.to, completely or not at all; returns lines about it."""
     target = new_folder(config.export.to, "export.to")
     for key, own in (("model.block", config.model.block), ("model.router", config.model.router)):
         if own:
@@ -135,7 +131,7 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
 
 
 def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """Returns the folder that the run's tokenizer came from; None if this folder no longer contains the tokenizer."""
+    """Returns the folder of the run's tokenizer, or None if it has changed."""
     for choice in (config.data.tokenizer, config.init_from):
         folder = Path(choice).expanduser() if choice else None
         if folder is not None and (folder / TOKENIZER_FILE).is_file() and not (folder / "config.yaml").is_file():
@@ -148,9 +144,7 @@ def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns bos_token_id and eos_token_id for the exported configuration. bos_token_id comes from the tokenizer's
-    files. For chats, eos_token_id has the stop tokens of the chat template. Otherwise, it has the stop tokens of the
-    tokenizer."""
+    """Returns bos_token_id and eos_token_id. For chats, the chat template gives eos_token_id."""
     stops = tokenizer.stop_ids
     if config.data.chats and (run / TEMPLATE_FILES["default"]).is_file():
         stops = stop_ids(load_template(None, run, tokenizer, config.data.template_keys), tokenizer)
@@ -160,15 +154,13 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
-    """Returns the model family of the folder that the run started from. If the run added indexers to dense attention,
-    returns DeepSeek-V3.2."""
+    """Returns the family of the folder that the run started from; DeepSeek-V3.2 if it added indexers."""
     family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
     return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family
 
 
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
-    """Raise UserError if a folder of this family cannot describe the computation or hold the weights. alone: whether
-    only an adapter is exported."""
+    """Raise UserError if this family does not fit. alone: only an adapter is exported."""
     facts, model = FAMILIES[family], config.model
     is_sparse = model.sparse.heads > 0
     fitting = [row.name for row in FAMILIES.values() if (row.scores, row.is_sparse) == (model.scores, is_sparse)]
@@ -240,7 +232,7 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
 
 
 def _check_room(target: Path, files: list[PlannedFile]) -> None:
-    """Raise UserError if the disk has too little free space for the folder."""
+    """Raise UserError if the disk lacks space for the folder."""
     needed = SMALL_FILES + sum(written.nbytes for file in files for written in file.written)
     existing = next(folder for folder in target.parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
@@ -261,7 +253,7 @@ def _write_weights(
     progress: ReportProgress,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write every weights file, a few rows at a time. metadata: key-value pairs for the header of each file."""
+    """Write every weights file, a few rows at a time. metadata: for their headers."""
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         outs = [out for written in file.written for out in written.outs]
@@ -294,12 +286,12 @@ class ExportSlice:
         return self.written.placed.start + self.first
 
     def of(self, span: Shard) -> Tensor:
-        """Returns the values of the slice. span: an interval of the Sluice tensor that contains the slice."""
+        """Returns the slice's values. span: a Sluice interval that contains it."""
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
 def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
-    """Yields the slices in order, in groups of at most EXPORTED_ELEMENTS elements."""
+    """Yields the slices in groups of at most EXPORTED_ELEMENTS elements."""
     batch, room = [], EXPORTED_ELEMENTS
     for cut in (cut for each in written for cut in _cuts(each)):
         if batch and cut.count > room:
@@ -311,7 +303,7 @@ def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
 
 
 def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
-    """Yields slices of a tensor. A slice never splits a 128 x 128 block, because each block has one FP8 scale."""
+    """Yields slices of a tensor that do not split 128 x 128 blocks."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)
     step = max(1, EXPORTED_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
@@ -320,8 +312,7 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """Reads the elements of these slices, as one interval of each Sluice tensor. Sluice and Hugging Face store elements
-    in the same order."""
+    """Reads these slices, as one interval of each Sluice tensor."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:
@@ -353,7 +344,7 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
-    """Yields notes for the user: what transformers computes differently, and which parts the exported folder lacks."""
+    """Yields notes about differences in transformers, and missing parts."""
     if family.others:
         yield (
             f"note: this is only the language model of {family.title}: {' and '.join(f'{part}*' for part in family.others)} and their "

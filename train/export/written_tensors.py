@@ -1,4 +1,4 @@
-"""Plans and writes the tensors of an export, and reports what happens to each tensor of the checkpoint."""
+"""Plans and writes the tensors of an export, and reports about each."""
 
 import json
 import math
@@ -21,9 +21,8 @@ from train.checkpoint.staging import DTYPE_BYTES, DTYPES, safetensors_header
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
 
-# This writer first writes the header of a safetensors file with the positions of all tensors, then each piece of values
-# when it is computed. So it holds only the current piece in memory. The safetensors library's writer would need all
-# tensors of the file in memory.
+# Writes the header of a safetensors file, then each piece of values when it is computed. The safetensors library would
+# need all tensors in memory.
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file in pieces, in a `with` block. If the block ends without an exception, the writer
-    asserts that every byte was written."""
+    """Writes one safetensors file in pieces. The context asserts that it is complete."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
@@ -53,8 +51,7 @@ class PieceWriter:
         self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write values into the tensor `name`, from its element `start` on, in its declared dtype. Raises OSError if
-        the disk is full or fails."""
+        """Write values into the tensor `name`, from element `start` on. Raises OSError."""
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -87,7 +84,7 @@ PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportTyp
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A Hugging Face tensor and the tensors that the export writes for it."""
+    """A Hugging Face tensor and the tensors to write for it."""
 
     placed: PlacedTensor
     outs: tuple[ExportTensor, ...]
@@ -107,8 +104,7 @@ class PlannedFile:
 def plan_files(
     placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
 ) -> list[PlannedFile]:
-    """Distributes the Hugging Face tensors, in order, over files of at most shard_bytes. A larger tensor gets a file to
-    itself."""
+    """Distributes the tensors, in order, over files of at most shard_bytes or of one tensor."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:
@@ -142,10 +138,7 @@ def index_json(files: list[PlannedFile]) -> dict[str, Any]:
 
 
 def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[str, str]:
-    """Returns every tensor of the checkpoint that is not exported, with the reason.
-
-    Raises UserError if there is no known reason, or if a tensor that the model needs is missing.
-    """
+    """Maps every tensor that is not exported to the reason. Raises UserError."""
     needed = {source_name(each, ema): each.whole for each in placed}
     if is_merged := holds_adapter(manifest.meta) and not any(is_adapter(name) for name in needed):
         needed = {
@@ -176,7 +169,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
 
 
 def source_name(placed: PlacedTensor, ema: bool) -> str:
-    """Returns the name of the checkpoint tensor that holds the values of a Hugging Face tensor."""
+    """Returns the checkpoint tensor with a Hugging Face tensor's values."""
     return "ema." + placed.ours.removeprefix("master.") if ema and placed.ours.startswith("master.") else placed.ours
 
 
@@ -185,7 +178,7 @@ def _reason(name: str, reasons: dict[str, str]) -> str | None:
 
 
 def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
-    """Returns one row for every written tensor, and one row for every checkpoint tensor that is left out."""
+    """Returns one row for every written or left out tensor."""
     rows = [
         {
             "tensor": out.name,
@@ -212,7 +205,7 @@ def _fate(written: WrittenTensor, out: ExportTensor) -> str:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Formats the rows as text lines. Rows whose names differ only in numbers become one line with their count."""
+    """Formats the rows. Names that differ only in numbers share a line."""
     groups: dict[tuple[str, str, str], int] = {}
     for row in rows:
         source = row["from"].removeprefix("master.")

@@ -1,4 +1,4 @@
-"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and formula. No torch."""
+"""Reads and checks the headers of a PEFT adapter folder. No torch."""
 
 import math
 import os
@@ -13,26 +13,22 @@ from train.hf.config import some
 from train.hf.folder import ADAPTER_CONFIG, PLAIN_TYPES, Folder, read_header
 from train.hf.tensor_names import PlacedTensor, tensors
 
-# Names of LoRA A and B in a PEFT folder, and their positions in our parameters. A matrix in a PEFT folder is one of our
-# matrices, or one of several matrices that we stack in one parameter. Each matrix has a separate A and B
-# (conf/adapters.py). So each A and B is one interval of one of our parameters. Each expert has separate tensors, as
-# vLLM and PEFT read them.
+# Names of LoRA A and B in a PEFT folder, and their positions in our parameters. Each matrix has a separate A and B
+# (conf/adapters.py). Each A and B is one interval of one of our parameters, which may stack several matrices.
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix of a tensor's name in an adapter folder. The name in the base's folder follows it."""
+"""Prefix that adapter folders put before the base's tensor names."""
 BASE_MARK = "base_mark"
-"""Key in the file's metadata: a hash of two rows of the base. It identifies the base without a read of the whole base.
-"""
+"""Metadata key: a hash of two rows of the base."""
 BASE_WEIGHTS = "base_weights"
-"""Key in the file's metadata: fingerprint of all the base's weights (train/checkpoint/weights_mark.py). May be missing.
-"""
+"""Metadata key: fingerprint of the base (train/checkpoint/weights_mark.py). May be missing."""
 BASE_FORMAT = "base_format"
-"""Key in the file's metadata: the base's storage format while the adapter was trained, as a value of adapter.base."""
+"""Metadata key: the base's storage format in training (adapter.base)."""
 
 
 class AdaptedTensor(NamedTuple):
-    """A matrix in the base's folder, and its LoRA A and B."""
+    """A matrix in the base's folder, with LoRA A and B."""
 
     base: PlacedTensor
     a: PlacedTensor
@@ -42,10 +38,7 @@ class AdaptedTensor(NamedTuple):
 
 
 def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str], rank: int) -> Iterator[AdaptedTensor]:
-    """Yield every matrix that `targets` selects, with its A and B, in the order of a folder of this family.
-
-    targets: kinds of matrices, as in adapter.targets. The copies of the head in MTP modules are left out.
-    """
+    """Yield every matrix that `targets` selects, with A and B, in folder order."""
     for base in tensors(model, family):
         name = base.ours.removeprefix("master.")
         if base.copy or target_of(name) not in targets:
@@ -63,11 +56,10 @@ def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str],
 
 
 def peft_config(adapter: Adapter, adapted: list[AdaptedTensor], base: str) -> dict[str, Any]:
-    """Return the content of adapter_config.json. base: location of the weights that the adapter belongs to.
+    """Return the content of adapter_config.json. base: location of the adapter's base weights.
 
-    If transformers stores all experts of a layer in one parameter, PEFT applies targets that end in gate_proj, up_proj
-    or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters.
-    Dropout is 0, because PEFT cannot apply it to parameters.
+    Dense and shared FFNs are listed as parameters, because PEFT may apply their module names only to experts. Dropout
+    is 0, because PEFT cannot apply it to parameters.
     """
     modules, parameters = set(), set()
     for one in adapted:
@@ -109,8 +101,10 @@ PEFT_FIXED: dict[str, Any] = {
     "alpha_pattern": {},
     "alora_invocation_tokens": None,
 }
-"""Fields of adapter_config.json with one allowed value, which a file may leave out. With these values the adapter
-computes y = W x + scale B A x, with the same rank for all matrices."""
+"""Fields of adapter_config.json with one allowed value, which may be missing.
+
+With them the adapter computes y = W x + scale B A x.
+"""
 
 
 class AdapterFolder(NamedTuple):
@@ -126,10 +120,7 @@ class AdapterFolder(NamedTuple):
 
 
 def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder:
-    """Read and check the headers of adapter.path.
-
-    Raises UserError if the folder is not an adapter, is damaged, uses another formula, or belongs to another model.
-    """
+    """Read and check the headers of adapter.path. Raises UserError."""
     folder = Folder(path, {}, ADAPTER_FIELD)
     if not os.path.isdir(path):
         raise folder.refuse("no such folder", f"give a folder with {ADAPTER_CONFIG} and {ADAPTER_FILE}")
@@ -147,10 +138,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
 
 
 def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
-    """Return the rank of A and B, and the scale that multiplies B A. Raises UserError.
-
-    body: content of adapter_config.json.
-    """
+    """Return the rank of A and B, and the scale of B A. Raises UserError."""
     for key, value in PEFT_FIXED.items():
         if (found := body.get(key, value)) not in (value, None):
             raise folder.refuse(f"{key} must be {value}, and is {found!r:.80}", "give a plain LoRA adapter of one rank")

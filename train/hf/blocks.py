@@ -1,23 +1,18 @@
 """FP8 weights in blocks of 128x128 with one fp32 scale each (paper 3.3.2): lossless conversion to fp32 and back.
 
-A block holds fp32(q * s), where q is an E4M3 value and s is the scale. If s was computed as amax / 448, as in
-DeepSeek's weights, the same formula on the block's values returns q and s bit for bit. The reason is that the largest
-|q| is then 448, and the two roundings, of 448 s and of the division, are together smaller than one unit in the last
-place of s.
-
-For scales of other rules, `requantize` tries several scales and uses the first one that reproduces every value of the
-block:
+A block holds fp32(q * s), where q is an E4M3 value and s is the scale. `requantize` uses the first of these scales that
+reproduces every value of the block:
 
     1. amax / 448, with the floor of 1e-4 on amax: the scale for a block of new values
     2. amax / m for m = 448, 416, ..., 240 (the E4M3 values of one binade), and the two neighbouring fp32 values of each
 
-If no candidate reproduces a block, training has changed the block, and `requantize` rounds it with candidate 1. So
-unchanged FP8 weights keep their values. They also keep q and s bit for bit under two conditions: the largest |q| of the
-block exceeds 224, and some |q| is a power of two. Any real block of weights has such a q.
+If none does, training has changed the block, and `requantize` rounds it with candidate 1. So unchanged FP8 weights keep
+their values. They also keep q and s bit for bit in these cases:
+- s was computed as amax / 448, as in DeepSeek's weights. The roundings of 448 s and of the division are together
+  smaller than one unit in the last place of s.
+- The largest |q| of the block exceeds 224, and some |q| is a power of two.
 
-With a power-of-two scale (UE8M0), the largest weight is in (224 s, 448 s], so the largest |q| usually exceeds 224 too.
-The exception is a largest weight below 232 s, which is rounded to 224 s. Then `requantize` returns 2 q and s / 2, which
-represent the same values as q and s.
+If the largest |q| is 224, `requantize` may return 2 q and s / 2, which represent the same values.
 
 Shapes: M rows, K columns, m and k blocks of rows and columns, N blocks, X values of a block.
 """
@@ -31,20 +26,20 @@ from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""Possible values of a block's maximum |q|: the E4M3 values of the highest binade.
+"""Candidates for a block's maximum |q|: the E4M3 values of the highest binade.
 
-They also suffice for a smaller maximum, because 2 q and s / 2 represent the same values as q and s.
+They suffice for a smaller maximum, because 2 q and s / 2 represent the same values.
 """
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:
-    """Return the values in fp32 (M, K). Blocks at the lower and right edges may be smaller than 128x128."""
+    """Return the values in fp32 (M, K). Blocks at edges may be smaller."""
     blocks = blocked(q_MK.float(), (SCALE_BLOCK, SCALE_BLOCK))
     return unblocked(blocks.mul_(scale_mk.float()[:, None, :, None]), q_MK.shape)
 
 
 def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and scale for fp32 values (M, K). Values that come from FP8 blocks are exact; others are rounded as in
+    """Return q and scale for fp32 values (M, K). Values from FP8 blocks are exact; others are rounded as in
     `quantize`."""
     default = quantize(x_MK, CAST)
     blocks_NX, q_NX, scale_N = _per_block(x_MK), _per_block(default.q), default.scale.flatten()
@@ -60,7 +55,7 @@ def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_block(x_MK: Tensor) -> Tensor:
-    """Return one row per block. Smaller blocks at the edges are padded with zeros."""
+    """Return one row per block, padded with zeros at the edges."""
     size = x_MK.element_size()
     bits = x_MK.view(torch.uint8) if size == 1 else x_MK  # torch cannot pad and copy E4M3
     blocks = blocked(bits, (SCALE_BLOCK, SCALE_BLOCK)).transpose(1, 2).reshape(-1, SCALE_BLOCK * SCALE_BLOCK)
@@ -68,7 +63,7 @@ def _per_block(x_MK: Tensor) -> Tensor:
 
 
 def _cast(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
-    """Return x / s in E4M3. Values slightly above 448, from a scale just below amax / 448, become 448."""
+    """Return x / s in E4M3. Values slightly above 448 become 448."""
     return (blocks_NX / scale_N[:, None]).to(E4M3.dtype)
 
 
@@ -78,14 +73,14 @@ def _equal(q_NX: Tensor, scale_N: Tensor, blocks_NX: Tensor) -> Tensor:
 
 
 def _search(blocks_NX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the blocks that a candidate scale reproduces, and the first such scale of each block."""
+    """Return the blocks that a candidate scale reproduces, and their scales."""
     amax_N = blocks_NX.abs().amax(1)
     scale_N, open_N = torch.zeros_like(amax_N), torch.arange(len(blocks_NX))
     for top in TOP_BINADE:
         middle_N = amax_N / top
         for candidate_N in (middle_N, _beside(middle_N, 1), _beside(middle_N, -1)):
             trial_N = candidate_N[open_N]
-            # a test of one row excludes most wrong candidates at a hundredth of the cost of a block
+            # one row excludes most wrong candidates at a hundredth of the cost
             hopeful = _reproduces(blocks_NX[open_N, :SCALE_BLOCK], trial_N).nonzero().squeeze(1)
             hopeful = hopeful[_reproduces(blocks_NX[open_N[hopeful]], trial_N[hopeful])]
             scale_N[open_N[hopeful]] = trial_N[hopeful]
@@ -99,8 +94,5 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return for each scale the fp32 value that is `places` positions after it among all fp32 values.
-
-    Scales must be positive.
-    """
+    """Return fp32 values `places` positions after each scale. Scales must be positive."""
     return (scale_N.view(torch.int32) + places).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Converts config.json of a folder to our model and back. No torch, because the driver uses this file."""
+"""Converts a folder's config.json to our model and back. No torch."""
 
 import math
 from collections.abc import Iterable
@@ -34,31 +34,30 @@ from train.hf.mistral_fields import GROWTH, to_params
 SHOWN_NAMES = 6
 """Maximum number of names in an error message."""
 SCALE_BLOCK = 128
-"""Number of rows, and of columns, of a block in FP8 weights. Each block has one scale."""
+"""Rows and columns of an FP8 block. Each block has one scale."""
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""Number of best expert scores whose sum is a group's score in transformers. No field of config.json changes it."""
+"""Number of best expert scores in a group's score, fixed in transformers."""
 LATENT_NORM_EPS = 1e-6
-"""transformers' eps in the norms of latents. No field of config.json changes it."""
+"""transformers' fixed eps in the norms of latents."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the number of block rows and block columns of a matrix."""
+    """Return the numbers of block rows and block columns."""
     return tuple(-(-size // SCALE_BLOCK) for size in shape)
 
 
 def some(names: Iterable[str]) -> str:
-    """Return at most SHOWN_NAMES of the names as text, so that an error fits on one screen."""
+    """Return at most SHOWN_NAMES of the names as text."""
     return some_of([f"{name:.200}" for name in names], SHOWN_NAMES)
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
     """Read the model that config.json describes, as transformers reads it. To load weights, call `folder.open_model`.
 
-    Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN, the
-    returned model uses YaRN at any sequence length (`yarn.always`), otherwise never.
+    If the file asks for YaRN, the model uses YaRN at any sequence length. Raises UserError.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -101,7 +100,7 @@ def _check_model(field: str, path: Path, model: Model) -> None:
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the JSON object under this key of the file, or None. Raises UserError for any other value."""
+    """Return the JSON object under this key, or None. Raises UserError."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
         raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")
@@ -109,7 +108,7 @@ def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str
 
 
 def _check_types(model: Model) -> None:
-    """Raise TypeError if a field of the model should be a number and is not, or is too large."""
+    """Raise TypeError if a model field has a wrong type or size."""
     for part in (model, model.yarn, model.sparse):
         for name, kind in get_type_hints(type(part)).items():
             value = getattr(part, name)
@@ -148,7 +147,7 @@ def _check_kind(field: str, path: Path, body: Any, family: FamilyFacts) -> None:
 
 
 def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
-    """Raise UserError if the weights are quantised in another form than DeepSeek's FP8."""
+    """Raise UserError if weights are quantised unlike DeepSeek's FP8."""
     cure = "give weights in bf16, fp32, or DeepSeek's FP8"
     if quantised.get("quant_method") == "compressed-tensors":
         rule = (
@@ -173,10 +172,7 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
 
 
 def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -> SparseAttention:
-    """Return the settings of sparse attention that the file describes.
-
-    Raises UserError if a field for the indexers is missing, or if fields contradict each other.
-    """
+    """Return the settings of sparse attention. Raises UserError."""
     if not family.is_sparse:
         return SparseAttention()
     cure = "use the config.json of these weights"
@@ -223,10 +219,10 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
 
 
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
-    """Raise UserError if a field that other fields determine is neither null nor the determined value."""
+    """Raise UserError if a field contradicts the fields that determine it."""
     said = {
         "num_key_value_heads": model.heads,
-        # head_dim of GLM-5.2's file is another number; transformers ignores it and uses rope_head_dim
+        # transformers ignores GLM-5.2's head_dim and uses rope_head_dim
         "head_dim": body.get("head_dim") if model.sparse.heads else model.rope_head_dim,
         "qk_head_dim": model.nope_head_dim + model.rope_head_dim,
         "num_local_experts": model.experts,
@@ -239,10 +235,7 @@ def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -
 
 
 def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, family: FamilyFacts) -> None:
-    """Raise UserError unless the first `dense_layers` layers have a dense FFN and all later layers have experts.
-
-    mlp_layer_types lists the kinds of the layers. Without this field, the default of the transformers class applies.
-    """
+    """Raise UserError unless exactly the first `dense_layers` layers have a dense FFN."""
     types, dense = body.get("mlp_layer_types"), model.dense_layers
     if types is None and family.dense_unsaid in (None, dense):
         return
@@ -253,15 +246,12 @@ def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, fa
 
 
 def _layer_types(model: Model) -> list[str]:
-    """Return the kind of each layer's FFN, as newer classes of transformers list them."""
+    """Return the kind of each layer's FFN, as transformers lists them."""
     return ["dense"] * model.dense_layers + ["sparse"] * (model.layers - model.dense_layers)
 
 
 def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary parameters: rope_scaling, or rope_parameters if rope_scaling is empty.
-
-    Raises UserError for unsupported parameters.
-    """
+    """Return rope_scaling, or rope_parameters if it is empty. Raises UserError."""
     older, newer = (_section(field, path, body, key) for key in ("rope_scaling", "rope_parameters"))
     name, rope = ("rope_scaling", older) if older else ("rope_parameters", newer or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -287,11 +277,9 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Return the names of the rotary parameters that differ between rope_scaling (`older`) and rope_parameters
-    (`newer`).
+    """Return the names of rotary parameters that differ between rope_scaling (`older`) and rope_parameters (`newer`).
 
-    If `newer` has the type `default` and only rope_theta, only rope_theta is compared. theta: the file's rope_theta,
-    for a section that lacks rope_theta.
+    theta: the value of rope_theta if a section lacks it.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,
@@ -311,10 +299,7 @@ def _is_size(value: object) -> bool:
 
 
 def _yarn(rope: dict[str, Any], length: int) -> Yarn:
-    """Return transformers' YaRN settings for these rotary parameters, which `_rope` has checked.
-
-    length: the file's max_position_embeddings.
-    """
+    """Return transformers' YaRN settings. length: max_position_embeddings of the file."""
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return Yarn(original_seq_len=length)
     factor, given = rope["factor"], rope.get("attention_factor")
@@ -332,7 +317,7 @@ def _yarn(rope: dict[str, Any], length: int) -> Yarn:
 
 
 def _inferred_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
-    """Return the attention_factor that transformers computes if the file lacks this field."""
+    """Return transformers' default of attention_factor."""
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     return (mscale * growth + 1) / (all_dim * growth + 1) if mscale and all_dim else growth + 1
 
@@ -343,10 +328,7 @@ def yarn_in_force(model: Model, seq_len: int) -> bool:
 
 
 def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
-    """Raise UserError if the recipe's model differs from the folder's model.
-
-    Returns notes about allowed differences, such as fewer MTP modules.
-    """
+    """Raise UserError if the recipe's model differs from the folder's. Returns notes."""
     ours, notes = config.model, []
     names = [*FIELDS, "rope_theta", "scores"]
     if ours.mtp_depth > theirs.mtp_depth:
@@ -357,7 +339,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         )
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
-    # otherwise a null in the recipe would be resolved from a field that may be wrong
+    # a null would be resolved from a field that may be wrong
     cured = replace(ours, top_k=theirs.top_k, top_groups=theirs.top_groups, norm_eps=theirs.norm_eps)
     eps = cured.resolved_latent_norm_eps, theirs.resolved_latent_norm_eps
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}
@@ -396,10 +378,7 @@ def config_json(
     ends: dict[str, Any],
     family: ModelFamily = ModelFamily.deepseek_v3,
 ) -> dict[str, Any]:
-    """Return the content of config.json for a model that was trained on sequences of this length.
-
-    dtype: bf16, fp32 or fp8. ends: values of bos_token_id and eos_token_id.
-    """
+    """Return the content of config.json. ends: bos_token_id and eos_token_id."""
     in_force, facts = yarn_in_force(model, seq_len), FAMILIES[family]
     kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_types[0]}
     body: dict[str, Any] = {} if facts.section else kind

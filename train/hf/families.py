@@ -1,8 +1,4 @@
-"""Model families whose folders have the same architecture: one row of FAMILIES for each family. No torch.
-
-A row describes how a folder is recognised, which part of the configuration file and of the tensors belongs to the
-language model, and which tensors have other names than in DeepSeek-V3. Everything else has DeepSeek's names.
-"""
+"""Model families: one row of FAMILIES each, with differences from DeepSeek-V3. No torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +9,7 @@ from conf.files import read_json
 from conf.schema import ModelFamily, ScoreFunction
 from train.hf.mistral_fields import MISTRAL_NAMES, from_params
 
-# The tables list every known field of config.json: fields that are used, fixed, read separately, or harmless. Fields
-# that are in no table are rejected.
+# The tables list every known field of config.json. Other fields are rejected.
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -37,7 +32,7 @@ FIELDS = {
     "route_scale": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps",
 }
-"""Maps fields of conf.schema.Model to the fields of config.json with the same values."""
+"""Maps fields of conf.schema.Model to equal fields of config.json."""
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -48,16 +43,15 @@ FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-"""Fields with one allowed value, which every DeepSeek-V3 has. A file may leave such a field out."""
+"""Fields with one allowed value in every DeepSeek-V3. They may be missing."""
 SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
-"""Maps fields of conf.schema.SparseAttention to the fields of config.json with the same values."""
+"""Maps fields of conf.schema.SparseAttention to equal fields of config.json."""
 INDEX_ROPE = "indexer_rope_interleave"
-"""The field that tells whether the indexer's RoPE rotates adjacent elements. transformers ignores it and uses the
-family's default."""
+"""Field: whether the indexer's RoPE rotates adjacent elements. transformers ignores it."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
-"""INDEX_TYPES: the field that lists the kind of each layer. INDEX_LETTERS: maps each kind to its letter.
+"""INDEX_TYPES: the field that lists the kind of each layer. INDEX_LETTERS: a letter for each kind.
 
-A layer of kind `full` has an indexer. A layer of kind `shared` uses the attention keys that an earlier layer selected.
+`full`: has an indexer. `shared`: uses the attention keys that an earlier layer selected.
 """
 INDEX_SHARING = (
     INDEX_TYPES,
@@ -66,13 +60,9 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields that tell which layers use the attention keys that an earlier layer selected: a list of kinds, a text of
-letters, or a rule.
-
-index_share_for_mtp_iteration concerns only speculative decoding that runs one MTP module several times.
-"""
+"""Fields that tell which layers are `full` or `shared`."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields with one allowed value. DeepSeek-V3 does not have them, but transformers would apply them."""
+"""Fields with one allowed value that only transformers would apply."""
 READ_APART = (
     "architectures",
     "model_type",
@@ -89,7 +79,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields of no other table; this file or `read_model` has a special rule for each field."""
+"""Fields with a special rule in this file or in `read_model`."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -135,8 +125,7 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
     **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
-"""Maps fields without effect on the model's results in Sluice to the reason. Unknown fields are rejected
-unless they are null."""
+"""Maps each field that does not change results in Sluice to the reason."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -148,8 +137,7 @@ QUANTISED = {
     "expert_dtype": "every tensor has its own dtype",
     "dequantize": "Sluice always dequantises weights",
 }
-"""Maps fields of quantization_config to the required value, or to the reason why the field changes nothing. Other
-fields are rejected unless they are null."""
+"""Maps fields of quantization_config to required values, or to why they are harmless."""
 ROPE_NUMBERS = {
     "factor",
     "original_max_position_embeddings",
@@ -160,7 +148,7 @@ ROPE_NUMBERS = {
     "attention_factor",
 }
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
-"""Rotary parameters that Sluice knows, for all families. Other parameters are rejected unless they are null."""
+"""Rotary parameters that Sluice knows. Others are rejected unless they are null."""
 
 
 CONFIG_FILE = "config.json"
@@ -170,42 +158,40 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """The names and properties in which one model family differs from DeepSeek-V3."""
+    """The differences of one model family from DeepSeek-V3."""
 
     name: ModelFamily
     title: str
     """Name of the family in messages."""
     architectures: tuple[str, ...]
-    """Values of `architectures` in the family's folders. An export writes the first one."""
+    """Values of `architectures` in folders. An export writes the first."""
     model_types: tuple[str, ...]
-    """Values of `model_type` that the family's folders may have. An export writes the first one."""
+    """Values of `model_type` in folders. An export writes the first."""
     section: str = ""
-    """Key of the language model's object in the configuration file; empty if the whole file describes the language
-    model."""
+    """Key of the language model's object in the file; empty: the whole file."""
     beside: tuple[str, ...] = ()
     """Fields outside of `section` that do not change the language model."""
     prefix: str = ""
     """Prefix of the language model's tensor names."""
     others: tuple[str, ...] = ()
-    """Prefixes of tensors outside of the language model, such as those of vision encoders."""
+    """Prefixes of tensors outside of the language model, such as vision encoders."""
     dense_unsaid: int | None = None
-    """Number of dense layers that the family's transformers class assumes without mlp_layer_types; None if it does not
-    read mlp_layer_types."""
+    """Dense layers that transformers assumes without mlp_layer_types; None: it ignores the field."""
     loader: str = "AutoModelForCausalLM"
-    """Name of the transformers class that loads an export; empty without such a class."""
+    """transformers class that loads an export; empty without one."""
     config_file: str = CONFIG_FILE
     stem: str = "model"
     """Prefix of the names of weight files and of their index."""
     names: dict[str, str] = field(default_factory=dict)
-    """Maps parts of DeepSeek-V3's tensor names to this family's parts, in the order of replacement."""
+    """Replacements in DeepSeek-V3's tensor names, in order."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False
-    """Whether the attention is sparse: an indexer selects the keys to which a query attends."""
+    """Whether an indexer selects the keys of each query."""
     interleaved: bool = False
-    """Whether the indexer's RoPE rotates adjacent elements if the file lacks the field INDEX_ROPE."""
+    """Whether the indexer's RoPE rotates adjacent elements by default."""
     shares: bool = False
-    """Whether layers may use the attention keys that an earlier layer selected."""
+    """Whether layers may use an earlier layer's attention keys."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
@@ -217,7 +203,7 @@ class FamilyFacts:
         return self.scores == ScoreFunction.sigmoid
 
     def name_of(self, theirs: str) -> str:
-        """Return this family's name of a tensor. theirs: the name in DeepSeek-V3."""
+        """Return this family's name for a tensor of DeepSeek-V3."""
         for piece, name in self.names.items():
             theirs = theirs.replace(piece, name)
         return self.prefix + theirs
@@ -285,7 +271,7 @@ FAMILIES = {
         ),
     )
 }
-"""Maps a family's name to its `FamilyFacts`. Architectures of other families are rejected."""
+"""Maps families to their `FamilyFacts`. Other architectures are rejected."""
 
 REFUSED_MODELS = {
     "MistralLarge4ForConditionalGeneration": "its own sparse attention is not supported",
@@ -294,20 +280,16 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
     "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
-"""Maps similar, but unsupported architectures to the reason why they are not supported."""
+"""Maps similar, unsupported architectures to the reason."""
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:
-    """Return the `FamilyFacts` of the folder's family. Raises UserError for an unknown family."""
+    """Return the `FamilyFacts` of a folder. Raises UserError."""
     return read_fields(folder, field)[0]
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
-    """Return a folder's `FamilyFacts`, its configuration file, and the language model's fields under DeepSeek's names.
-
-    Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields outside of
-    the language model's section.
-    """
+    """Return a folder's `FamilyFacts`, configuration file, and fields under DeepSeek's names. Raises UserError."""
     path = folder / CONFIG_FILE
     if not path.exists() and (folder / PARAMS_FILE).exists():
         path = folder / PARAMS_FILE
@@ -325,7 +307,7 @@ def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
 
 
 def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
-    """Return the `FamilyFacts` of the family whose architecture the file names. Raises UserError."""
+    """Return the `FamilyFacts` for the file's architecture. Raises UserError."""
     found = body.get("architectures")
     for facts in FAMILIES.values():
         if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:
@@ -347,18 +329,14 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
 
 
 def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> None:
-    """Raise UserError if `model_type` and `architectures` name different models. transformers chooses its class by
-    `model_type`."""
+    """Raise UserError if `model_type` and `architectures` name different models."""
     if body.get("model_type") not in (None, *facts.model_types):
         rule = f"model_type must be {' or '.join(facts.model_types)}, as {facts.architectures[0]} has it, and is {body['model_type']!r:.80}"
         raise UserError(field, path, rule, "correct the wrong field, or download the file again")
 
 
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
-    """Return the language model's fields of a file that also describes other parts of a model.
-
-    Raises UserError if fields of the other parts are unknown, because they might change the language model.
-    """
+    """Return the language model's fields of a larger model. Raises UserError."""
     text = body.get(facts.section)
     if not isinstance(text, dict):
         raise UserError(field, path, f"{facts.section} must be an object, and is {text!r:.80}", "download it again")

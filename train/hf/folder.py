@@ -1,7 +1,6 @@
 """Reads the headers of a folder of safetensors and checks whether its tensors match our model.
 
-No torch, because the driver checks a folder before it starts the ranks. Nothing in the folder is executed. Files that
-only pickle can open are rejected.
+No torch. Nothing in the folder is executed.
 """
 
 import os
@@ -53,11 +52,7 @@ class Folder:
 
 
 def open_folder(path: Path, field: str = "init_from") -> Folder:
-    """Read the headers of all weight files in a folder.
-
-    Raises UserError if the folder has no safetensors, if a file is missing or truncated, or if the index does not list
-    a weight file.
-    """
+    """Read the headers of all weight files in a folder. Raises UserError."""
     folder = Folder(path, {}, field)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))  # a name on the Hugging Face Hub
@@ -85,18 +80,16 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether this is a Hugging Face folder and not a run or a checkpoint."""
+    """Whether this is a Hugging Face folder, not a run or checkpoint."""
     described = any(os.path.isfile(folder / facts.config_file) for facts in FAMILIES.values())
     return described and not os.path.exists(folder / "config.yaml")
 
 
 def open_model(path: Path, field: str = "init_from", text_only: bool = False) -> tuple[Folder, Model, list[str]]:
-    """Return the headers of a folder, its model, and notes for the user. Every mode opens external weights with this
-    function.
+    """Return the headers of a folder with external weights, its model, and notes for the user. Raises UserError.
 
-    text_only: leave out tensors outside of the language model; otherwise they are an error. An MTP module that is only
-    in config.json or only in the weights is left out of the model. Raises UserError for a damaged folder, and for a
-    model that Sluice cannot express.
+    text_only: leave out tensors outside of the language model; otherwise they are an error. MTP modules must be both in
+    config.json and in the weights, or are left out.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
@@ -108,10 +101,7 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
 
 
 def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]:
-    """Return the folder without the tensors outside of the language model, and notes that name them.
-
-    Raises UserError if there are such tensors and text_only is false.
-    """
+    """Return the folder with only the language model's tensors, and notes. Raises UserError."""
     parts = FAMILIES[folder.family].others
     counts = {part: sum(name.startswith(part) for name in folder.stored) for part in parts}
     named = ", ".join(f"{part}* ({count} tensors)" for part, count in counts.items() if count)
@@ -127,10 +117,7 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """Return the number of MTP modules in the weights. layers: number of layers of the main model.
-
-    The layers after the main model's are MTP modules, and have tensors that the main model never has.
-    """
+    """Return the number of MTP modules: layers after `layers` with MTP's tensors."""
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
         found += 1
@@ -138,7 +125,7 @@ def _count_mtp(folder: Folder, layers: int) -> int:
 
 
 def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
-    """Raise UserError if the folder has weights that Sluice would not read, but another program may read."""
+    """Raise UserError for weights that only another program would read."""
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
         raise folder.refuse(
@@ -153,12 +140,12 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the file names."""
+    """Return the name of the index file. stem: prefix of file names."""
     return f"{stem}.safetensors.index.json"
 
 
 def _listing(folder: Folder) -> str:
-    """Return the file that lists a folder's weights: the index, or without an index the only weight file."""
+    """Return the file that lists the weights: an index or weight file."""
     for name in (*map(index_of, STEMS), *(f"{stem}.safetensors" for stem in STEMS)):
         if (folder.path / name).is_file():
             return name
@@ -166,10 +153,7 @@ def _listing(folder: Folder) -> str:
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
-    """Return, for each weight file, the names of its tensors in the index; an empty list without an index.
-
-    Raises UserError if files are missing.
-    """
+    """Return each weight file's tensor names, if there is an index. Raises UserError."""
     listing = _listing(folder)
     path = folder.path / listing
     if not listing.endswith(".json"):
@@ -199,7 +183,7 @@ def _index(folder: Folder) -> dict[str, list[str]]:
 
 
 def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
-    """Return the tensors of one file by name. Raises UserError if the file is damaged."""
+    """Return the tensors of one file by name. Raises UserError."""
     try:
         with safe_open(folder.path / file, framework="np") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, no mapping
@@ -213,10 +197,9 @@ def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
 
 
 def match(folder: Folder, model: Model) -> list[PlacedTensor]:
-    """Return the model's tensors that the folder contains, in the folder's order.
+    """Return the model's tensors that the folder contains. Raises UserError if they do not form the model.
 
-    Raises UserError if the tensors do not form the model, or if the folder has tensors that Sluice would not read. The
-    folder may lack the MTP modules' copies of embedding and head. MTP modules beyond model.mtp_depth are only checked.
+    MTP modules' copies of embedding and head may be missing. MTP modules beyond model.mtp_depth are only checked.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))
@@ -232,7 +215,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
         )
     known = {each.theirs for each in expected}
     _check_scales(folder)
-    # transformers writes an empty tensor if the model has no shared experts
+    # transformers writes an empty tensor without shared experts
     extra = [name for name in stored if not name.endswith(SCALE) and name not in known and 0 not in stored[name].shape]
     if extra:
         raise folder.refuse(
@@ -253,7 +236,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
 
 
 def _check_scales(folder: Folder) -> None:
-    """Raise UserError unless every FP8 weight has scales of the right shape, and all scales belong to an FP8 weight."""
+    """Raise UserError unless FP8 weights and scales of the right shape correspond."""
     stored = folder.stored
     for name, tensor in stored.items():
         if name.endswith(SCALE):

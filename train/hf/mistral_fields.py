@@ -1,6 +1,6 @@
-"""Maps the format of Mistral Large 3, which is params.json and other tensor names, to DeepSeek's. No torch.
+"""Maps params.json and the tensor names of Mistral Large 3 to DeepSeek's. No torch.
 
-params.json states three things that DeepSeek's config.json cannot express:
+DeepSeek's config.json cannot express three things:
 - Routers use a softmax and have no balance bias.
 - Queries are scaled by a factor that grows with their position (llama_4_scaling).
 - YaRN with `apply_scale: false` does not sharpen the softmax.
@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.files import read_json
 
 GROWTH = "llama_4_scaling_beta"
-"""Rotary parameter of transformers: how fast the scale of queries grows with their position."""
+"""transformers' parameter for the growth of query scales with position."""
 PARAMS_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -46,7 +46,7 @@ PARAMS_FIELDS = {
     "yarn.original_max_position_embeddings": "rope_scaling.original_max_position_embeddings",
     "llama_4_scaling.beta": f"rope_scaling.{GROWTH}",
 }
-"""Maps fields of params.json to DeepSeek's fields. `a.b` is the field b of the inner object a."""
+"""Maps fields of params.json to DeepSeek's. `a.b`: field b of object a."""
 PARAMS_FIXED = {
     "moe.renorm_strategy": "WEIGHTS",
     "moe.use_load_balancing_bias": False,
@@ -54,7 +54,7 @@ PARAMS_FIXED = {
     "use_biases": False,
     "sliding_window": None,
 }
-"""Fields of params.json with one allowed value, which a file may leave out."""
+"""Fields of params.json with one allowed value. They may be missing."""
 PARAMS_HARMLESS = {
     "max_seq_len": "the maximum sequence length of a server",
     "model_type": "the kind of the file",
@@ -88,14 +88,11 @@ MISTRAL_NAMES = {
     "down_proj.": "w2.",
     "up_proj.": "w3.",
 }
-"""Maps parts of DeepSeek's tensor names to Mistral's. The parts are replaced in this order."""
+"""Replacements in DeepSeek's tensor names, in this order."""
 
 
 def from_params(field: str, path: Path) -> dict[str, Any]:
-    """Read a params.json and return its fields under DeepSeek's names.
-
-    Raises UserError for fields that these names cannot express.
-    """
+    """Read params.json into fields under DeepSeek's names. Raises UserError."""
     found = _flat(read_json(path, field, "download it again"))
     known = {*PARAMS_FIELDS, *PARAMS_FIXED, *READ_BELOW}
     objects = {name.partition(".")[0] for name in known if "." in name}
@@ -124,14 +121,14 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(field, path, wrong, cure)
     body = _nested({theirs: found[name] for name, theirs in PARAMS_FIELDS.items() if name in found})
-    # if apply_scale is false, YaRN does not sharpen the softmax: only the scaling of queries changes the scores
+    # without apply_scale, YaRN does not sharpen the softmax
     scale = 1.0 if found.get("yarn.apply_scale", True) else 0.0
     body["rope_scaling"] |= {"type": "yarn", "mscale": scale, "mscale_all_dim": scale, "attention_factor": 1.0}
     return body
 
 
 def to_params(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of params.json for a model. body: the model's fields under DeepSeek's names."""
+    """Return the content of params.json. body: fields under DeepSeek's names."""
     flat = _flat(body)
     found = {name: flat[theirs] for name, theirs in PARAMS_FIELDS.items() if theirs in flat}
     if "yarn.factor" in found:
@@ -144,7 +141,7 @@ def to_params(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(body: dict[str, Any]) -> dict[str, Any]:
-    """Flatten an object: the field b of an inner object a becomes `a.b`."""
+    """Flatten an object: field b of object a becomes `a.b`."""
     flat = {}
     for key, value in body.items():
         inner = value if isinstance(value, dict) else {}

@@ -1,8 +1,6 @@
 """Reads a folder of safetensors into live shards. Each rank reads only the rows that contain elements of its shards.
 
-Hugging Face tensors and a rank's shards are both intervals of our tensors (see tensor_names.py). Their intersections
-determine which rows a rank reads. Only a few rows at a time are in memory. The file is not memory-mapped, because
-mapped pages would count as this process's memory.
+The file is not memory-mapped, because mapped pages would count as this process's memory.
 """
 
 from bisect import bisect_right
@@ -22,26 +20,24 @@ from train.hf.folder import FP8, Folder
 from train.hf.tensor_names import SCALE, PlacedTensor
 
 READ_ELEMENTS = 1 << 23
-"""Approximate number of elements that are converted at a time: 32 MB in fp32."""
+"""Elements that are converted at a time: about 32 MB in fp32."""
 
 
 @dataclass
 class ShardPart:
-    """The part of one Hugging Face tensor that a rank needs for one shard."""
+    """The part of a Hugging Face tensor that a shard needs."""
 
     placed: PlacedTensor
     start: int
     """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """Slice of the shard's memory that gets the part. An MTP module's copy of another tensor is only compared with this
-    slice."""
+    """Slice of the shard's memory. An MTP module's copy is only compared with it."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
-    """Fill every wanted shard with the folder's values, dequantised from FP8 and rounded to the shard's dtype.
+    """Fill every wanted shard with the folder's values, in the shard's dtype. Returns the number of bytes read.
 
-    placed: a result of `match`. Returns the number of bytes read. Raises UserError if a value is not finite, if a scale
-    is not above 0, or if an MTP module's copy of embedding or head differs from the original.
+    Raises UserError for a value that is not finite, a scale that is not above 0, or an MTP module's wrong copy.
     """
     reader = _Reader(folder)
     originals = parts_of([each for each in placed if not each.copy], wanted)
@@ -63,10 +59,7 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
 
 
 def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[str, Shard]], int]:
-    """Return a function like `fill_from_folder` for many calls with a few shards each.
-
-    The function finds the tensors of a shard without a search through all tensors.
-    """
+    """Return a `fill_from_folder` that is fast for a few shards per call."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -74,7 +67,7 @@ def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[
 
 
 def parts_of(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[ShardPart]:
-    """Return the intersections of the Hugging Face tensors with the wanted shards."""
+    """Return the intersections of Hugging Face tensors with wanted shards."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -99,7 +92,7 @@ class _Reader:
         self.folder, self.bytes = folder, 0
 
     def values(self, parts: list[ShardPart]) -> Iterable[tuple[ShardPart, int, Tensor]]:
-        """Yield (part, index in the part's target, values), a few rows at a time. Every file is opened only once."""
+        """Yield (part, index in its target, values), a few rows at a time."""
         by_file: dict[str, list[ShardPart]] = {}
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
@@ -123,7 +116,7 @@ class _Reader:
             yield part, low - part.start, flat[low - row * width : high - row * width]
 
     def _read(self, opened, name: str, row: int, end: int) -> Tensor:
-        """Return the rows [row, end) of a tensor in fp32, without rounding."""
+        """Return the rows [row, end) in fp32, without rounding."""
         tensor = opened.get_slice(name)[row:end]
         self.bytes += tensor.nbytes
         if self.folder.stored[name].dtype != FP8:
@@ -135,10 +128,7 @@ class _Reader:
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """Return all scales of an FP8 weight, which may be in another file than the weight.
-
-        Raises UserError if a scale is not above 0.
-        """
+        """Return all scales of an FP8 weight, from any file. Raises UserError."""
         name, stored = name + SCALE, self.folder.stored
         if stored[name].file == stored[name.removesuffix(SCALE)].file:
             scale = opened.get_tensor(name)

@@ -1,11 +1,10 @@
 """Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
-The two layouts differ in names and in stacking, not in values. RoPE rotates adjacent elements in both. Sluice stacks
-the gate and the up projection in one tensor, and also the matrices of all experts. So each Hugging Face tensor is one
-interval of one of our flattened tensors. In a folder, MTP module k is the layer with index `layers` + k and has copies
-of the embedding and the head. Our MTP modules share these two tensors with the main model.
+The two layouts differ in names and in stacking, not in values. Sluice stacks the gate and the up projection in one
+tensor, and also the matrices of all experts. So each Hugging Face tensor is one interval of one of our flattened
+tensors. In a folder, MTP module k is the layer with index `layers` + k. It has copies of the embedding and the head.
 
-Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
+Our names are `master.PARAMETER` for weights, and `bias.BLOCK` for balance biases, as in a checkpoint.
 
 D width, F inner width, E experts.
 """
@@ -27,12 +26,12 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""Names of tensors that only MTP modules have. In a folder, the prefix of the layer precedes these names."""
+"""Names of tensors that only MTP modules have, without the layer's prefix."""
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A Hugging Face folder's tensor, and its interval in a Sluice tensor. theirs, ours: names of the two tensors."""
+    """A Hugging Face tensor (theirs), and its interval in a Sluice tensor (ours)."""
 
     theirs: str
     shape: tuple[int, ...]
@@ -42,9 +41,9 @@ class PlacedTensor:
     whole: tuple[int, ...] = ()
     """Shape of Sluice's tensor."""
     fp8: bool = False
-    """Whether DeepSeek's FP8 release stores this matrix in blocks of E4M3 values."""
+    """Whether DeepSeek's FP8 release stores this matrix in FP8 blocks."""
     copy: bool = False
-    """Whether this is an MTP module's copy of the embedding or the head, which Sluice shares with the main model."""
+    """Whether this is an MTP module's copy of embedding or head."""
 
     @property
     def count(self) -> int:
@@ -52,7 +51,7 @@ class PlacedTensor:
 
 
 def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iterator[PlacedTensor]:
-    """Yield every tensor of a folder of this family, layer by layer, without the scales of FP8 weights."""
+    """Yield every tensor of a folder, layer by layer, without FP8 scales."""
     facts = FAMILIES[family]
     for each in _as_deepseek(model):
         if facts.has_biases or not each.ours.startswith("bias."):
@@ -79,16 +78,15 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return the entry of a Hugging Face tensor that equals one complete tensor of Sluice."""
+    """Return the entry of a tensor that equals one complete Sluice tensor."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
 def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool, chooses: bool) -> Iterator[PlacedTensor]:
     """Yield the tensors of one transformer block.
 
-    theirs: prefix of the Hugging Face names. ours: name of the block, under which its balance bias is stored. inner:
-    follows `ours` in the names of the block's parameters. dense: whether the FFN is dense. chooses: whether the block
-    has an indexer.
+    theirs: prefix of the Hugging Face names. ours: the block's name. inner: follows `ours` in the names of parameters.
+    chooses: whether the block has an indexer.
     """
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
@@ -131,7 +129,7 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 
 
 def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
-    """Yield the tensors of a layer's indexer. In FP8 folders, `weights_proj` is not FP8."""
+    """Yield the tensors of an indexer. `weights_proj` is never FP8."""
     heads, width = model.sparse.heads, model.sparse.head_dim
     yield _same(f"{theirs}wq_b.weight", f"{ours}q.weight", (heads * width, model.q_rank or 0), fp8=True)
     yield _same(f"{theirs}wk.weight", f"{ours}k.weight", (width, model.hidden), fp8=True)
@@ -143,11 +141,9 @@ def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 def _ffn(
     width: int, inner: int, theirs: str, ours: str, index: int = 0, experts: int | None = None
 ) -> Iterator[PlacedTensor]:
-    """Yield the tensors of a dense or shared FFN, or of one expert.
+    """Yield the tensors of a dense or shared FFN, or of the expert `index`.
 
-    index, experts: index of the expert, and number of experts in one tensor of Sluice. Shapes: w13 (2F, D), w2 (D, F);
-    with experts, w13 (E, 2F, D), w2 (E, D, F). In w13, the rows of the up projection follow those of the gate
-    projection.
+    Shapes: w13 (2F, D), w2 (D, F); with experts, w13 (E, 2F, D), w2 (E, D, F). In w13, the gate projection comes first.
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

@@ -1,4 +1,4 @@
-"""Checks whether the tokenizer files of a Hugging Face folder match a run, and writes those of an export. No torch."""
+"""Checks a Hugging Face folder's tokenizer, and writes that of an export. No torch."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,7 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> list[str]:
-    """Raise UserError if the run's tokenizer and the folder's tokenizer produce different ids. Returns notes for the
-    user.
-
-    choice: value of data.tokenizer.
-    """
+    """Raise UserError if run and folder have different tokenizers. Returns notes."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return [f"{folder} has no {TOKENIZER_FILE}, so it is unknown whether its weights fit the tokens of this run"]
@@ -46,7 +42,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 
 def _meaning(text: str) -> tuple[Any, ...]:
-    """Return the parts of a tokenizer.json that determine the ids: vocabulary, merges, added tokens."""
+    """Return what determines the ids: vocabulary, merges, added tokens."""
     body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
     added = {(token["id"], token["content"]) for token in body.get("added_tokens", ())}
@@ -55,11 +51,7 @@ def _meaning(text: str) -> tuple[Any, ...]:
 
 
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
-    """Return the tokenizer of a run with all other files that belong to it.
-
-    run: the run's folder. source: the tokenizer's original folder, for files that are not in the run. After training on
-    chats, the tokenizer has the run's chat template.
-    """
+    """Return a run's tokenizer with all its files. source: original folder, for missing files."""
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
         return tokenizer.with_files(kept)
@@ -72,10 +64,7 @@ def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Token
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
-    """Write tokenizer.json, the tokenizer's other files, and a tokenizer_config.json for AutoTokenizer.
-
-    length: maximum number of tokens in a sequence.
-    """
+    """Write all tokenizer files. length: maximum tokens of a sequence."""
     settings: dict[str, Any] = {
         "tokenizer_class": TOKENIZER_CLASS,
         "add_bos_token": False,  # training adds no begin token to documents
@@ -84,7 +73,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
         "eos_token": tokenizer.eos,
         "model_max_length": length,
     }
-    if settings.pop("auto_map", None):  # names code in the original folder, which an export does not have
+    if settings.pop("auto_map", None):  # names code that an export does not have
         settings["tokenizer_class"] = TOKENIZER_CLASS
     tokenizer.with_files(tokenizer.files | {TOKENIZER_SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}).save(
         folder

@@ -1,4 +1,4 @@
-"""Ends a run for its user: writes the report, and shows results and paths on one screen."""
+"""Ends a run for its user: writes the report, and shows results."""
 
 import sys
 from pathlib import Path
@@ -20,10 +20,7 @@ from train.show.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
-    """Shows the results of a run that has ended with exit code `code`. Only rank 0 calls it.
-
-    seconds: wall time of the training. text: the model's sample text.
-    """
+    """Shows the results of an ended run. seconds: wall time of the training."""
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
     report = _report(config, paths.path)
@@ -54,10 +51,7 @@ def _why_stopped(logs: Path) -> str:
 
 
 def _plan_line(folder: Path, series: Series) -> str | None:
-    """Returns one line that compares the planned with the measured values; None if the run has no plan.
-
-    A damaged plan.json only causes a note, because the training itself has succeeded.
-    """
+    """Returns a line that compares plan and measurements, or None."""
     try:
         return plan_words(plan_rows(folder, series))
     except Exception as error:
@@ -66,7 +60,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 
 
 def _report(config: Config, folder: Path) -> Path | str:
-    """Writes the report. Returns its path, or the reason why it could not be written."""
+    """Writes the report. Returns its path, or why it failed."""
     try:
         return write_report(folder, ended=True)
     except OSError as error:
@@ -77,7 +71,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """Returns the newest record of metrics.jsonl with a validation loss; empty if there is none."""
+    """Returns the newest record with a validation loss; may be empty."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

@@ -1,7 +1,4 @@
-"""Checks whether a layout can run, before the run starts anything.
-
-The file imports torch only if a rule needs it, because this import takes seconds.
-"""
+"""Checks whether a layout can run. Imports torch only if needed, because this takes seconds."""
 
 from conf.dispatches import check_groups
 from conf.errors import UserError
@@ -11,10 +8,7 @@ from conf.schema import Config
 
 
 def check_layout(config: Config) -> None:
-    """Raise UserError if the layout breaks a rule that involves several fields of the recipe.
-
-    A layout of one rank is checked too, because a pipeline with one stage still follows its schedule.
-    """
+    """Raise UserError if the layout breaks a rule about several fields."""
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers, parallel.virtual_stages)
@@ -34,7 +28,7 @@ def check_layout(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    """Raise UserError if the layout offloads activations but recomputes every block, so that no activation is left."""
+    """Raise UserError if every block is recomputed: nothing is left to offload."""
     from train.parallelize import stage_layers
 
     again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))
@@ -48,7 +42,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raise UserError if a pipeline rank has no block: an adapter would have nothing to train there."""
+    """Raise UserError if a pipeline rank has no block for an adapter."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)
@@ -63,10 +57,9 @@ def _check_adapter(config: Config) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    """Raise UserError if sparse attention does not fit the pipeline stages.
+    """Raise UserError if a stage begins with a layer that uses the attention keys of an earlier layer.
 
-    A stage must not begin with a layer that uses the attention keys that an earlier layer selected. With
-    optim.index_warmup, the first stage must contain a layer, to have an indexer to train.
+    With optim.index_warmup, the first stage must contain a layer.
     """
     from train.parallelize import stage_layers
 

@@ -1,4 +1,4 @@
-"""Operations on a live model between two steps: save, load, read and replace weights, generate text."""
+"""Operations on a live model between steps: checkpoints, weights, text generation."""
 
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ class LiveModel:
     def __init__(self, config: Config, rank: RankSetup, chunks: list[DeepSeekV3], state: RunState):
         self._config, self._rank, self._chunks, self.state = config, rank, chunks, state
         self._meta: dict[str, Any] = {"tokenizer": "", "data": "", "held_out": {}}
-        """Entries of the checkpoint's meta about the training text. `load` copies them from the loaded checkpoint."""
+        """Meta entries about the training text, from the loaded checkpoint."""
 
     def save(self, folder: Path, step: int) -> Path:
         """See `Engine.save`. step: the last completed step."""
@@ -53,7 +53,7 @@ class LiveModel:
         about = {"name": config.name, "seed": config.seed, "seq_len": config.seq_len, "config": settings_of(config)}
         checkpointer.save(step, state.shards(), state.meta() | self._meta | about)
         checkpointer.finish(required=True)
-        dist.barrier()  # waits until rank 0 has renamed the folder to its final name
+        dist.barrier()  # waits until rank 0 has renamed the folder
         return checkpointer.committer.root / step_name(step)
 
     def load(self, path: Path) -> int:

@@ -1,34 +1,31 @@
 """Defines `LiveRun`, which the loop and its hooks use to access a run, and the interface of a hook.
 
-A hook is an object with any of these methods. Every rank has its own hooks and calls them in the order of one list
-(train/loop/hooks/hook_list.py), which includes the `callbacks` of a recipe:
+A hook is an object with any of these methods. Every rank calls its hooks in the order of train/loop/hooks/hook_list.py:
 
     on_start(run)                    the state is restored, and this attempt has done no step yet
     on_phase(run, step, phase)       a phase begins. In a step: data, schedule (forward and backward), reduction,
                                      update, record. Outside of steps: validation or checkpoint; at their end, record
-    on_batch(run, step, batch)       this rank's share of the step's batch is loaded, and the passes begin
+    on_batch(run, step, batch)       this rank's share of the step's batch is loaded
     on_update(run, step)             the optimizer has updated the weights
     on_skip(run, step)               the step skips its update, because its loss or gradient is not finite
-    on_step(run, step, record)       the step is done; record: maps metric names (train/metrics/names.py) to values over
-                                     all ranks
+    on_step(run, step, record)       the step is done; record: metrics by name (train/metrics/names.py), over all ranks
     on_save(run, step)               the state is copied for a checkpoint, whose files are written during training
     on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0: this rank's files are written.
-                                     Called when the loop saves the next checkpoint, or at the end
+                                     Called at the next save, or at the end
     on_end(run, code)                the last checkpoint is written; code: an exit code of conf/errors.py
     close(run)                       the run has ended, perhaps with an error: release the hook's resources
 
-A hook may communicate if all ranks of a group make the same calls in the same order. It may not communicate in
-`on_checkpoint`, because ranks call this method at different times. It may not communicate in `on_phase` of validation
-and checkpoint either, because rank 0 may enter these phases alone.
+A hook may communicate if all ranks of a group make the same calls in the same order. It may not communicate
+- in `on_checkpoint`, because ranks call this method at different times
+- in `on_phase` of validation and checkpoint, because rank 0 may enter these phases alone
 
 A hook may keep state, which checkpoints then include:
 
     shards()         returns the hook's tensors by name (parallel/shard.py): the intervals that this rank writes
-    wanted()         returns the shards that this rank reads; without this method, the rank reads the shards of `shards`
+    wanted()         returns the shards that this rank reads; by default those of `shards`
     meta()           returns other state as JSON values. A checkpoint contains the hook's shards if its meta has all of
                      these keys and none of the values is false
-    restore(meta)    is called after the tensors are read. meta: the meta of the checkpoint; None if the checkpoint
-                     lacks the hook's state
+    restore(meta)    is called after the tensors are read. meta: the checkpoint's meta; None if it lacks the state
 """
 
 import sys
@@ -63,15 +60,12 @@ HOOK_METHODS = {
     "on_checkpoint": "run, step, path",
     "on_end": "run, code",
 }
-"""Maps each method of a hook to the names of its arguments."""
+"""Maps each method of a hook to its argument names."""
 
 
 @dataclass
 class LiveRun:
-    """Gives access to one rank of a run: its parts, its position, and its messages to the user.
-
-    User code may use `rank`, `folder` and `chunks`.
-    """
+    """Gives access to one rank of a run. User code may use `rank`, `folder` and `chunks`."""
 
     config: Config
     setup: RankSetup
@@ -81,32 +75,29 @@ class LiveRun:
     engine: "Engine"
     saver: "Saver"
     writer: "MetricsWriter | None"
-    """The writer of metrics on rank 0; None on all other ranks."""
+    """Writer of metrics on rank 0; None on other ranks."""
     hooks: Sequence[Any]
     plan: "StepPlan" = field(init=False)
     """Settings of the current step."""
     batch: "Batch" = field(init=False)
     outcome: "StepOutcome" = field(init=False)
-    """Results of the current step: of its forward and backward passes, and of its update."""
+    """Results of the current step's passes and update."""
     started: float = 0.0
     """Start time of the current step, from time.perf_counter."""
     seconds: float | None = None
-    """Duration of the previous step in seconds, without validation and saving; None in an attempt's first step."""
+    """Seconds of the previous step, without validation and saving; None in an attempt's first step."""
     wants_save: bool = False
-    """Whether a hook has requested a checkpoint of this step. Hooks set this field."""
+    """Whether a hook has requested a checkpoint of this step."""
 
     def __post_init__(self) -> None:
         self.device, self.mesh = self.setup.device, self.setup.mesh
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
-        """The index of this rank, the run folder, and this rank's chunks of the model."""
+        """This rank's index, run folder, and chunks."""
         self.step = self.state.step
-        """Index of the current step or, between steps, of the last completed step."""
+        """Index of the current or last completed step."""
 
     def tell(self, method: str, *what: Any) -> None:
-        """Call the method with this name on every hook that has it. The arguments are this run and `what`.
-
-        An exception from a hook ends the run.
-        """
+        """Call this method of every hook that has it. An exception ends the run."""
         for hook in self.hooks:
             if call := getattr(hook, method, None):
                 call(self, *what)
@@ -116,25 +107,25 @@ class LiveRun:
         self.tell("close")
 
     def enter(self, phase: str) -> None:
-        """Report the beginning of a phase. The module docstring lists the phases."""
+        """Report the beginning of a phase (see the module docstring)."""
         self.tell("on_phase", self.step, phase)
 
     @contextmanager
     def beside(self, phase: str) -> Iterator[None]:
-        """Returns a context for work outside of steps. phase: validation or checkpoint."""
+        """Returns a context for work outside of steps."""
         self.enter(phase)
         yield
         self.enter("record")
 
     def note(self, text: str) -> None:
-        """Show a text at the user's terminal. Only rank 0 shows it."""
+        """Show a text at the user's terminal, from rank 0."""
         if self.writer is not None:
             self.writer.note(text)
 
     def warn(self, text: str) -> None:
-        """Show a warning about this rank only: at the terminal on rank 0, in the log on other ranks."""
+        """Show a warning about this rank, at the terminal or in the log."""
         self.note(text) if self.writer is not None else say(text, file=sys.stderr)
 
     def got_on(self) -> None:
-        """Report progress, so that the driver does not treat the rank as hung. Call this method in long hooks."""
+        """Report progress in a long hook. Otherwise the rank counts as hung."""
         got_on()

@@ -1,9 +1,8 @@
 """Reads and replaces the weights of a live model under Hugging Face's names, for example for samplers.
 
-Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each Hugging Face tensor is such an interval, too
-(train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors after another. The
-bucket starts with zeros, each rank writes its elements, and an all-reduce adds the buckets. Each element is nonzero on
-one rank only, so the sum is exact. The values are the fp32 master weights, rounded to the requested dtype.
+To read the weights, each rank writes its elements into a bucket of zeros, and an all-reduce adds the buckets. Each
+element is nonzero on one rank only, so the sum is exact. The values are the fp32 master weights, rounded to the
+requested dtype.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,13 +22,13 @@ from train.kernels.precision import activation_dtype
 from train.loop.state import RunState
 
 BUCKET_ELEMENTS = 1 << 26
-"""Maximum number of elements in a bucket, 256 MB in fp32. A larger tensor gets a separate bucket."""
+"""Maximum number of elements in a bucket: 256 MB in fp32."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Maps Sluice's names of the expert matrices to transformers' names for a layer's stacked experts."""
+"""transformers' names for stacked experts, by Sluice's names."""
 
 
 class _Wanted(NamedTuple):
-    """A requested Hugging Face tensor and, if an adapter is merged, the LoRA A and B to add."""
+    """A requested Hugging Face tensor, with LoRA A and B to add."""
 
     placed: PlacedTensor
     lora: AdaptedTensor | None = None
@@ -50,7 +49,7 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum elements of a bucket."""
+    """See `Engine.weights`. Collective. bucket: maximum elements of a bucket."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -77,13 +76,13 @@ def live_weights(
             if one.lora is not None:
                 a, b = next(found), next(found)
                 value = value.add_(b @ a, alpha=config.adapter.scale)
-            # balance biases stay in fp32: in bf16 they would change which experts are chosen
+            # balance biases stay in fp32: bf16 would change the chosen experts
             yield one.placed.theirs, value if one.placed.ours.startswith("bias.") else value.to(dtype)
 
 
 @torch.no_grad()
 def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """See `Engine.fill`. Each rank copies only the elements that its shards contain."""
+    """See `Engine.fill`. Each rank copies only elements of its shards."""
     if config.adapter.on:
         raise UserError("adapter", "lora", "does not accept whole weights", "use an engine without an adapter")
     places, held = {placed.theirs: placed for placed in tensors(config.model, state.family)}, state.wanted_of_start()
@@ -106,7 +105,7 @@ def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tens
 
 
 def _wanted(config: Config, state: RunState, merged: bool, stacked: bool) -> Iterator[_Wanted]:
-    """Returns the requested tensors, in the order of a Hugging Face folder."""
+    """Returns the requested tensors, in folder order."""
     model, adapter = config.model, config.adapter
     adapted = list(adapted_tensors(model, state.family, adapter.targets, adapter.rank)) if adapter.on else []
     if adapted and not merged:
@@ -136,12 +135,12 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """Returns the intersection of `part` and `shard` as an interval of Sluice's tensor: start, end (exclusive)."""
+    """Returns the intersection as an interval of Sluice's tensor."""
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 
 def _fill(target: Tensor, part: PlacedTensor, shard: Shard | None) -> None:
-    """Copy the elements that this rank holds into `target`, which is one Hugging Face tensor."""
+    """Copy the elements that this rank holds into `target`."""
     first, end = (0, 0) if shard is None else _overlap(part, shard)
     if shard is not None and first < end:
         target[first - part.start : end - part.start] = shard.local[first - shard.offset : end - shard.offset]

@@ -1,7 +1,5 @@
-"""Combines all ranks' measurements of a step by one all-reduce.
+"""Combines all ranks' measurements of a step by one all-reduce. Each rank adds the values that it measured:
 
-Every rank fills a vector with one element for each measurement of each layer. A rank leaves zeros where it measured
-nothing, so the sum over all ranks contains every measurement. The values come from these ranks:
 - losses: the last pipeline stage
 - tokens per expert: every rank of a stage
 - balance biases: the first rank of a stage
@@ -32,23 +30,23 @@ class MeasuredStep:
     main_loss: float
     """Mean cross-entropy of the next token, in nats."""
     mtp_losses: list[float]
-    """Loss of each MTP depth, before it is multiplied by the MTP weight."""
+    """Loss of each MTP depth, without the MTP weight."""
     extra_loss: float
     """Value of the user's loss term (optim.extra_loss); 0 without a term."""
     balance_loss: float
-    """Balance loss of the routers, multiplied by its weight and summed over layers."""
+    """Weighted balance loss of the routers, summed over layers."""
     index_loss: float
-    """Loss of sparse attention's indexers, multiplied by its weight and summed over layers."""
+    """Weighted loss of the indexers, summed over layers."""
     loads_LE: Tensor
-    """Number of tokens of the whole batch that were routed to each expert (float64)."""
+    """Tokens of the whole batch for each expert (float64)."""
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """How the run must stop, if any rank was asked to stop. A checkpoint on disk has priority over a copy in memory."""
+    """How the run must stop; a checkpoint on disk has priority."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
-    """Number of heads, over all layers, with an attention score above optim.qk_clip."""
+    """Number of heads with an attention score above optim.qk_clip."""
     work: dict[str, float]
     """Measurements of the pipeline and the dispatchers, by metric name."""
 
@@ -66,8 +64,7 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean number of micro-batches per data-parallel rank in this step, from the engine. `collect` divides losses
-        by this number."""
+        """Mean number of micro-batches per data-parallel rank, which divides losses."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""
@@ -80,7 +77,7 @@ class Measure:
             self.clip.clear()
 
     def collect(self, stop: StopKind) -> "CollectedMeasures":
-        """Sum the measurements over all ranks. Every rank gets the sums. The host does not wait for the device."""
+        """Sum the measurements over all ranks, without waiting for the device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         losses, loads_LE, biases_LE = zeros(4 + depth), zeros(shape), zeros(shape)
@@ -113,12 +110,12 @@ class Measure:
 
 
 class CollectedMeasures:
-    """A step's measurements, summed over all ranks, during their copy from the device to the host."""
+    """Summed measurements during their copy to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
         self.scores_LH = scores_LH
-        """Largest attention score of each layer and head, from `QKClip.largest`, on the device."""
+        """Largest attention score of each layer and head, on the device."""
         losses, loads, *_ = vector.split(sizes)
         self.finite = losses[0].isfinite()
         """Whether the main loss is finite: bool, on the device."""
@@ -129,11 +126,7 @@ class CollectedMeasures:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
 
     def read(self) -> MeasuredStep:
-        """Returns the summed measurements as a `MeasuredStep`.
-
-        Call this method only after the asynchronous copy from the device to the host is complete. In a training step
-        the update ensures this: it waits for the gradient norm, a later result of the device.
-        """
+        """Returns the summed measurements, after the asynchronous copy to the host."""
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
@@ -154,5 +147,5 @@ class CollectedMeasures:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to the device. For a GPU it uses page-locked memory, so the host does not wait."""
+    """Copies a host tensor to the device without waiting."""
     return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

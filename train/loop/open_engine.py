@@ -1,7 +1,4 @@
-"""Opens an engine in this process, which is one of several ranks, or the only rank.
-
-Custom loops under torchrun and the ranks of a session use it.
-"""
+"""Opens an engine in this process, for torchrun and for sessions."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,21 +22,17 @@ from train.rank import set_up_rank
 
 
 def open_engine(config: Config, place: Place | None = None) -> Engine:
-    """Returns the engine of this rank. Collective over all ranks.
+    """Returns the engine of this rank. Collective over all ranks. Raises UserError.
 
-    torchrun's variables RANK and WORLD_SIZE determine the rank. Without them, the process is the only rank. All engines
-    of a process must have the same number of ranks.
-
-    The weights come from `resume` if it names a checkpoint, else from `init_from`, else from the seed. The caller
-    manages the data and the run folder. Raises UserError.
+    torchrun's variables RANK and WORLD_SIZE determine the rank. Without them, the process is the only rank. The weights
+    come from `resume` if it names a checkpoint, else from `init_from`, else from the seed.
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:
         rule = f"must equal the number of ranks of the layout, {config.parallel.world}"
         raise UserError("WORLD_SIZE", place.world, rule, "start as many processes, or change parallel.*")
     check_layout(config)
-    # A process that has opened an engine with one rank may later start a session. Ranks of the session on other nodes
-    # need other network interfaces. So this context restores the environment variables that select interfaces.
+    # Restore variables that select network interfaces: a later session may need other interfaces.
     with keep_environment(NAMES) if place.world == 1 else nullcontext():
         rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)

@@ -25,14 +25,11 @@ class RankRecorder:
     """Writes the communication records of one rank to its ring buffer."""
 
     ring: CommRing | None = None
-    """The ring buffer; None if the disk had no space for it."""
+    """The ring buffer; None without disk space."""
     recorder: CommRecorder | None = None
 
     def name_groups(self, mesh: Mesh) -> None:
-        """Set the names of process groups in later records.
-
-        A group's name is the field of `mesh` that holds the group, or the joined names of several such fields.
-        """
+        """Name process groups in later records by the fields of `mesh`."""
         if self.recorder is None:
             return
         labels = defaultdict[ProcessGroup, list[str]](list)
@@ -43,7 +40,7 @@ class RankRecorder:
         self.recorder.labels = {group: "/".join(names) for group, names in labels.items()}
 
     def watch_parts(self, parts: ParallelModel) -> None:
-        """Install hooks that record which pipeline action and which block this rank runs."""
+        """Install hooks that record the pipeline action and the block."""
         if self.ring is None:
             return
         parts.pipeline.on_action = self.ring.act
@@ -63,7 +60,7 @@ class RankRecorder:
 
 @contextmanager
 def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
-    """Returns a context that records all communication inside it in this rank's ring buffer."""
+    """Returns a context that records communication in this rank's ring buffer."""
     try:
         ring = CommRing(ring_path(logs, place.rank), place.rank, place.world)
     except OSError as error:

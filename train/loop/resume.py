@@ -1,4 +1,4 @@
-"""Finds the state that a run starts from. Rank 0 searches for the checkpoint; every rank reads its part."""
+"""Finds and restores the state that a run starts from."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -33,15 +33,14 @@ class RestoredState:
     notes: list[str] = field(default_factory=list)
     """Notes for the user."""
     resumed: dict[str, Any] | None = None
-    """Value of the metric `resumed` (train/metrics/names.py); None if no checkpoint was read."""
+    """Value of the metric `resumed`; None if no checkpoint was read."""
 
 
 class StartingPoint(NamedTuple):
-    """The state that a run starts from, as rank 0 found it."""
+    """The state that a run starts from."""
 
     copy: dict[str, Any] | None = None
-    """Manifest of the copies in memory from which the run starts; None if no copies are newer than all checkpoints on
-    disk. If it is set, `checkpoint` is not."""
+    """Manifest of the copies in memory to start from, or None."""
     checkpoint: str | None = None
     """Path of the checkpoint that config.resume selects, or None."""
     notes: Sequence[str] = ()
@@ -49,18 +48,18 @@ class StartingPoint(NamedTuple):
 
     @property
     def has_weights(self) -> bool:
-        """Whether `restore` fills all weights from this starting point (or raises an error)."""
+        """Whether `restore` fills all weights (or raises an error)."""
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
-        """Whether the resumed run uses compiled matmuls; None if unknown, as for a new run."""
+        """Whether the resumed run uses compiled matmuls; None if unknown."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
 
 
 def find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
-    """Search for the starting point. Collective over all ranks. Raises UserError if all checkpoints are damaged."""
+    """Search for the starting point. Collective. Raises UserError."""
     return StartingPoint(*from_rank_0(lambda: _find_start(config, copies)))
 
 
@@ -71,10 +70,7 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 
 
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
-    """Search the disk for the starting point on rank 0.
-
-    skip: checkpoints that were found damaged when they were read. notes: the caller's notes, which already name `skip`.
-    """
+    """Search the disk on rank 0. skip: damaged checkpoints."""
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
     return StartingPoint(None, None if found.path is None else str(found.path), [*notes, *passed])
@@ -90,13 +86,12 @@ def restore(
 ) -> RestoredState:
     """Load the first available source: the newest copy in memory, the checkpoint of config.resume, or init_from.
 
-    With resume=auto, a source that is damaged on any rank is skipped. Raises UserError if the checkpoint belongs to
-    another model, another tokenizer or a longer run.
+    With resume=auto, skips damaged sources. Raises UserError for another model or tokenizer, or a longer run.
     """
     skip: set[Path] = set()
     begun = (
         _start(config, data.tokenizer, state) if config.adapter.on and config.init_from else []
-    )  # checkpoints do not contain the base, so it is always read from init_from
+    )  # checkpoints do not contain the base
     notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
@@ -122,7 +117,7 @@ def restore(
         notes.append(f"skipped a damaged checkpoint: {problem}")
         skip.add(path)
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
-    if notes:  # do not start fresh: the user did not ask for it, and the weights may be partly loaded
+    if notes:  # do not start fresh: the user did not ask for it
         raise UserError(
             "resume",
             config.resume,
@@ -147,9 +142,9 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
 
 
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns, on rank 0, the manifest body of the copies in memory to resume from, and notes about damaged copies.
+    """Returns, on rank 0, the manifest body of the newest copies in memory, and notes about damaged copies.
 
-    The body is None without usable copies, or if a checkpoint on disk is newer.
+    The body is None if a checkpoint on disk is newer.
     """
     try:
         manifest = copies.manifest()
@@ -167,7 +162,7 @@ def load_state(
 ) -> str | None:
     """Fill the state by calling `load` on all ranks. Returns the first problem of any rank, or None.
 
-    optimizer: this run's optimizer. If another optimizer wrote the checkpoint, the optimizer's state starts from zero.
+    optimizer: this run's optimizer; the state of another one starts from zero.
     """
     problem = None
     own = written_by(meta) == optimizer
@@ -182,7 +177,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads all headers."""
+    """Start from the weights of init_from. Returns notes."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -205,10 +200,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
-    """Raise UserError if the run cannot resume from this checkpoint.
-
-    base: description of the adapter's base; None for a run without an adapter.
-    """
+    """Raise UserError if the run cannot resume from this checkpoint."""
     require_model(config, path, meta)
     require_adapter(config, path, meta)
     if base is not None:

@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run. Reports complete checkpoints to the hooks, and failed checkpoints to the user."""
+"""Saves a run's checkpoints, and reports them to hooks and user."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from train.loop.live_run import LiveRun
 
 
 class RunOvertaken(RunEnded):
-    """A newer attempt of this run has started elsewhere, so this attempt must stop."""
+    """A newer attempt of this run has started: this attempt must stop."""
 
 
 class Saver:
@@ -21,10 +21,10 @@ class Saver:
     def __init__(self, config: Config, checkpointer: Checkpointer):
         self.checkpointer, self._settings = checkpointer, settings_of(config)
         self.stall = 0.0
-        """Seconds that training has waited for checkpoints since the last record of metrics.jsonl."""
+        """Seconds that training has waited for checkpoints since the last record."""
 
     def save(self, run: LiveRun, final: bool = False) -> None:
-        """Begin a checkpoint. final: wait until the checkpoint is complete, and raise an error if it fails."""
+        """Begin a checkpoint. final: wait for it, and raise its errors."""
         with run.beside("checkpoint"):
             self.stall += self.checkpointer.save(run.state.step, run.state.shards(), self.meta(run))
             self._tell(run, self.checkpointer.finish(required=True) if final else self.checkpointer.poll())

@@ -5,11 +5,10 @@
         engine.update()
 
 A driver starts the ranks as processes, on this machine or on Ray (train/loop/session_rank.py). Rank 0 connects to the
-controlling process and forwards every call to the other ranks. A key in the session's folder authenticates the
-connection. Calls and answers are JSON and safetensors. Nothing is unpickled.
+controlling process and forwards every call to the other ranks. Calls and answers are JSON and safetensors. Nothing is
+unpickled.
 
-If the ranks refuse a call, for example because of a wrong argument, the session is unchanged. If a call fails on a
-rank, the session ends with an error that names the rank and the cause.
+A refused call does not change the session. A call that fails on a rank ends the session.
 """
 
 import json
@@ -47,25 +46,20 @@ from train.loop.training_engine import StepOutcome, StepTotal, total_of
 from train.program import environment_of_children
 
 SESSION_FOLDER, ADDRESS_FILE, OUTPUT = "session", "address.json", "output.log"
-"""Names inside the run's folder: the session's folder, a file with the address of the controlling process, and a file
-with the output of the driver and rank 0."""
+"""Names of the session's folder, address file, and output file."""
 SESSION_LOOK_SECONDS = 0.2
-"""Interval, in seconds, at which this process checks the driver while it waits for an answer."""
+"""Seconds between checks of the driver while waiting for an answer."""
 SESSION_END_SECONDS = 20.0
-"""Maximum time, in seconds, that the ranks may take to end. Then they are killed."""
+"""Maximum seconds for the ranks to end before they are killed."""
 
 
 class SessionFailed(RuntimeError):
-    """The ranks of a session have failed. The text names the first failed rank and the cause."""
+    """The ranks of a session have failed. The text names the cause."""
 
 
 @contextmanager
 def session(config: Config) -> "Iterator[Session]":
-    """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
-
-    At its end, the context waits until all ranks have ended. Raises UserError for refused settings, and SessionFailed
-    if a rank fails.
-    """
+    """Start the ranks of a layout and control them from this process. Raises SessionFailed if a rank fails."""
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -73,8 +67,7 @@ def session(config: Config) -> "Iterator[Session]":
     try:
         if not try_lock(lock):
             raise UserError("name", config.name, f"already has a session: {folder} is in use", "give another name=")
-        # The driver treats the session as a run in this folder. The driver must not restart the ranks, because all
-        # updates would be lost.
+        # A session must not restart ranks: all updates would be lost.
         cluster = replace(config.cluster, restarts=0)
         with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
             yield opened
@@ -83,11 +76,7 @@ def session(config: Config) -> "Iterator[Session]":
 
 
 class Session:
-    """Has the methods of `Engine`. Each call acts on all ranks.
-
-    A batch contains the shares of all data-parallel ranks, in rank order. The returned values are for all ranks
-    together.
-    """
+    """Has the methods of `Engine`. A batch contains the shares of all data-parallel ranks."""
 
     def __init__(self, config: Config, folder: Path):
         self._config, self._folder = config, folder
@@ -108,10 +97,7 @@ class Session:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """See `Engine.forward_backward`.
-
-        loss: a loss's name, a function's import path, or a function that the ranks can import.
-        """
+        """See `Engine.forward_backward`. loss: name, import path, or importable function."""
         name = loss if isinstance(loss, str) else _import_path(loss)
         more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
         self._call("forward_backward", {**more, "settings": settings}, _plain(batch))
@@ -146,7 +132,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Before you call another method, read all tensors or stop the iteration."""
+        """See `Engine.weights`. Read all tensors, or stop, before another call."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         with self._whole_call():
             self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
@@ -212,8 +198,7 @@ class Session:
 
     @contextmanager
     def _whole_call(self) -> Iterator[None]:
-        """End the session if something, such as Ctrl-C, interrupts a call. Otherwise the next call would read the wrong
-        answer."""
+        """End the session if a call is interrupted, for example by Ctrl-C."""
         try:
             yield
         except UserError:
@@ -236,7 +221,7 @@ class Session:
             self._link.send_bytes(save(tensors or {}))
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns the answer of rank 0. Raises UserError for a refused call."""
+        """Returns the answer of rank 0. Raises UserError."""
         assert self._link is not None
         try:
             while not self._link.poll(SESSION_LOOK_SECONDS):
@@ -267,7 +252,7 @@ class Session:
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
 
     def _end(self, at_once: bool) -> None:
-        """Wait until the ranks have ended. at_once: send SIGTERM to the driver first."""
+        """Wait for the end of the ranks. at_once: send SIGTERM first."""
         if self._link is not None:
             self._link.close()  # rank 0 ends when the connection closes
             self._link = None
@@ -289,10 +274,7 @@ def _kill(driver: subprocess.Popen) -> None:
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """Returns copies of a batch's tensors by name, because safetensors refuses two tensors that share memory.
-
-    The names of per-token tensors contain a dot.
-    """
+    """Returns copies of a batch's tensors by name: safetensors refuses shared memory."""
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
     return {

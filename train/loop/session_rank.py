@@ -1,9 +1,7 @@
 """Runs the ranks of a session (train/loop/session.py).
 
-`python -m train.loop.session_rank CONFIG` is the driver of the ranks. It starts each rank with the same program.
-
-Rank 0 receives calls from the controlling process, and all ranks execute them. Every rank first checks the complete
-batch, so all ranks refuse the same calls.
+`python -m train.loop.session_rank CONFIG` is the driver of the ranks. Rank 0 receives calls from the controlling
+process. Every rank first checks the complete batch, so all ranks refuse the same calls.
 """
 
 import json
@@ -40,7 +38,7 @@ from train.loop.training_engine import Engine, StepTotal
 from train.rank import PREPARATION, guarded
 
 IDLE_SECONDS = 5.0
-"""Interval, in seconds, at which a rank reports progress while it waits for a call."""
+"""Seconds between reports of progress while a rank waits for calls."""
 SessionAnswer = tuple[dict[str, Any], dict[str, Tensor]]
 """An answer of rank 0: JSON values, and tensors by name."""
 
@@ -49,10 +47,7 @@ class SessionRank:
     """Executes the calls of a session on one rank."""
 
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
-        """link: connection to the controlling process, only on rank 0.
-
-        group: a process group of all ranks with a long timeout, because hours may pass between two calls.
-        """
+        """link: connection to the controlling process, only on rank 0. group: with a long timeout."""
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
         self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], SessionAnswer]] = {
@@ -121,10 +116,7 @@ class SessionRank:
         return {"done": True}, {}
 
     def _share(self, batch: Batch) -> Batch:
-        """Returns the rows of a batch that belong to this data-parallel rank.
-
-        Every rank checks the whole batch, so all ranks raise the same UserError.
-        """
+        """Returns this rank's rows of a batch, and checks all rows."""
         rows, least = len(batch.tokens_BS), self._sharing * self._config.micro_batch_size
         if rows % least or not rows:
             rule = f"must be a multiple of {least}: micro_batch_size={self._config.micro_batch_size} on each of {self._sharing} data-parallel ranks"
@@ -134,7 +126,7 @@ class SessionRank:
         return batch.take(slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size))
 
     def _receive(self) -> bytes:
-        """Returns the controlling process's next message, on rank 0; empty bytes after the session's end."""
+        """Returns the next message, on rank 0; empty after the session's end."""
         assert self._link is not None
         try:
             while not self._link.poll(IDLE_SECONDS):
@@ -149,7 +141,7 @@ class SessionRank:
             self._link.send_bytes(save({name: tensor.contiguous() for name, tensor in (tensors or {}).items()}))
 
     def _broadcast(self, make: Callable[[], bytes]) -> bytes:
-        """Returns on every rank the bytes that `make` returns on rank 0."""
+        """Returns on every rank the result of `make` on rank 0."""
         data = make() if self._link is not None else b""
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0, group=self._group)

@@ -1,8 +1,6 @@
 """init_from: starts a new run from the weights of a Hugging Face folder, or of a Sluice checkpoint.
 
-This file imports torch only inside functions, because the driver uses it too. Master weights get the folder's values,
-and balance biases get the folder's correction biases. The optimizer's moments start at 0. An average of the weights
-starts from the loaded weights.
+Balance biases are loaded too. The optimizer's moments start at 0.
 """
 
 from collections.abc import Callable
@@ -34,10 +32,7 @@ if TYPE_CHECKING:
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:
-    """Reads the headers of config.init_from. Returns the opened folder and notes for the user.
-
-    Raises UserError if the folder is damaged, or if its model or tokenizer differs from the recipe's.
-    """
+    """Reads the headers of config.init_from. Returns folder and notes. Raises UserError."""
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
     folder, model, notes = open_model(path, text_only=config.text_only)
@@ -47,15 +42,12 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """Returns the recipe's model, without indexers if the folder has dense attention."""
+    """Returns the recipe's model, without indexers for dense attention."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """Returns a function like `fill` that draws the weights of indexers from config.seed if the source lacks them.
-
-    has: tells whether the source has a tensor with this name.
-    """
+    """Returns a `fill` that draws the weights of missing indexers."""
     from train.model.init import draw_indexer  # this imports torch
 
     def fill_all(wanted: "dict[str, Shard]") -> None:
@@ -69,8 +61,7 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """Returns a note if the folder's weights were pretrained with another optimizer than this run's, else an empty
-    list."""
+    """Returns a note if the pretraining used another optimizer."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}
     known = pretrained_with(body.get("text_config") or body)
@@ -82,11 +73,7 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
 
 
 def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """Returns the checkpoint that config.init_from names; None if it names a Hugging Face folder.
-
-    For a run folder: the newest checkpoint of the run. Raises UserError if the checkpoint is damaged, or if its model
-    or tokenizer is not that of the recipe.
-    """
+    """Returns the checkpoint of config.init_from; None for a Hugging Face folder. Raises UserError."""
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
     if not ((path / "checkpoints").is_dir() or (path / MANIFEST).is_file()):
@@ -100,10 +87,7 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the weights from a source. In an adapter's run, fill the weights of the base.
-
-    source: a result of `check_start` or `own_start`.
-    """
+    """Fill this rank's weights, or its part of an adapter's base."""
     from train.checkpoint.weights_mark import WeightsMark  # this imports torch
 
     mark = WeightsMark()

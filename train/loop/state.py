@@ -2,7 +2,7 @@
 
     master.*                            fp32 weights
     STATE.*                             state of the optimizer, by its names (conf/optimizers.py)
-    bias.LAYER                          balance biases of every MoE layer; in an adapter's run, they belong to the base
+    bias.LAYER                          balance biases; in an adapter's run, they belong to the base
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
     ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
@@ -12,7 +12,7 @@ The meta contains the other state:
 - in an adapter's run: a description of the base (train/checkpoint/trained_with.py)
 - in a CPU run: whether the run uses compiled matmuls
 
-Schedules depend only on the step. Only initial weights use random numbers, so no generator state is stored.
+Only initial weights use random numbers, so no generator state is stored.
 """
 
 from collections import ChainMap
@@ -38,15 +38,14 @@ class RunState:
     """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: all hooks of the run. Checkpoints contain the state of hooks with the method `shards`."""
+        """hooks: checkpoints contain the state of those with `shards`."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start; a resumed
-        run keeps the choice. None: no choice, for example on a GPU."""
+        """Whether this run uses compiled matmuls on a CPU; None: not chosen."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
-        """Step and value of the lowest held-out loss so far, if checkpoint.keep_best is set."""
+        """Step and value of the lowest held-out loss (checkpoint.keep_best)."""
         self.skipped = 0
         self.family = ModelFamily.deepseek_v3
         self._trains_adapter = config.adapter.on
@@ -71,7 +70,7 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. If several ranks share a part, only the first rank returns it."""
+        """Returns this rank's part of the state, without replicas."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -82,10 +81,9 @@ class RunState:
         return shards
 
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
-        """Returns the shards that this rank reads from a checkpoint with this meta.
+        """Returns the shards that this rank reads from a checkpoint with this meta, including its shards of hooks.
 
-        A hook's shards are included if the checkpoint contains them. own_optimizer: whether the run's optimizer wrote
-        the checkpoint; otherwise the optimizer's state is set to zero.
+        own_optimizer: whether the run's optimizer wrote the checkpoint; otherwise the optimizer's state becomes zero.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -100,10 +98,7 @@ class RunState:
         return shards | biases | self._loads()
 
     def wanted_of_start(self) -> dict[str, Shard]:
-        """Returns the shards that this rank reads when a run starts from given weights: weights and balance biases.
-
-        The weights are this rank's master weights, or its part of the base in an adapter's run.
-        """
+        """Returns the shards to read at a start: weights or base, and balance biases."""
         if not self._trains_adapter:
             return {
                 name: shard
@@ -116,18 +111,16 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns this rank's shards of an adapter's base and of the balance biases. Each element is included on
-        exactly one rank."""
+        """Returns this rank's shards of base and balance biases, without replicas."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's part of the initial weights (of the base, in an adapter's run) and the balance biases.
+        """Fill this rank's initial weights, or its part of an adapter's base, and the balance biases.
 
-        fill: reads given shards from the source. mark: receives the values of an adapter's base and computes their
-        fingerprint.
+        fill: reads shards. mark: computes the fingerprint of an adapter's base.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())
@@ -138,7 +131,7 @@ class RunState:
                 )
 
     def finish_load(self, meta: dict[str, Any]) -> None:
-        """Finish loading after the shards of `wanted` are filled. meta: the meta of the checkpoint."""
+        """Finish loading after the shards of `wanted` are filled."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
         self.family = ModelFamily(meta.get("family", self.family))  # old checkpoints lack `family`
         if best := meta.get("best"):
@@ -169,12 +162,12 @@ class RunState:
 
 
 def _has(meta: Mapping[str, Any], hook: Any) -> bool:
-    """Whether a checkpoint with this meta contains the state of the hook."""
+    """Whether a checkpoint with this meta contains the hook's state."""
     return all((key in meta or key in META) and meta[key] not in (None, False) for key in hook.meta())
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of their names."""
+    """Returns `more`, the shards of a hook. Raises UserError for names that are in use."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

@@ -1,13 +1,10 @@
 """Measures the work of this rank's pipeline and dispatcher in a step. Sums over all ranks become metrics.
 
-Each rank divides its values by the world size, so the sum over all ranks is the mean (train/loop/measure.py). A metric
-is omitted if the layout cannot have it.
+Each rank divides its values by the world size, so the sum over all ranks is the mean.
 
-The bubble is the time between a rank's pipeline actions. It excludes waits inside an action, for tokens from other
-ranks of the expert group (dispatch_wait_seconds) or for sharded weights.
-
-`busy` is the time in which this rank works, without waits inside or between actions, so it is large on a slow rank.
-With NCCL the host does not wait for tokens. Then `busy` is large on the whole expert group of a slow rank.
+- bubble: the time between a rank's pipeline actions, without waits inside an action (dispatch_wait_seconds)
+- `busy`: the time in which this rank works, without any waits. It is large on a slow rank. With NCCL it is large on the
+  whole expert group of a slow rank.
 """
 
 from collections.abc import Sequence
@@ -19,30 +16,27 @@ _BYTES = ("dispatch_bytes_inside", "dispatch_bytes_across")
 
 
 class StepWork:
-    """Reads the pipeline's timeline and the dispatcher's counters. train/metrics/names.py names the metrics."""
+    """Reads the timeline and the dispatcher's counters into metrics."""
 
     def __init__(self, parts: RankModel, layout: Layout):
         self._timeline, self._layout = parts.pipeline.timeline, layout
         self._counters = None if parts.dispatcher is None else parts.dispatcher.counters
         self._has_pairs = parts.pipeline.facts.pairs
         self.busy = 0.0
-        """Seconds that this rank worked in the last collected step, without waiting."""
+        """Seconds of work in the last collected step, without waits."""
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Reset the counters for a new step. Otherwise they could include the traffic of a validation."""
+        """Reset the counters, which may include a validation."""
         if self._counters is not None:
             self._counters.take()
 
     def collect(self) -> list[float]:
-        """Returns the values that this rank adds to the metrics, for the step that has just ended on the device.
-
-        The list has the same length on every rank.
-        """
+        """Returns this rank's values for the metrics of the last step."""
         return list(self._read().values())
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the metrics by name. sums: the results of `collect`, summed over all ranks."""
+        """Returns the metrics by name. sums: of `collect` over all ranks."""
         values = dict(zip(self._names, sums, strict=True))
         return {name: int(value) if name in _BYTES else value for name, value in values.items()}
 

@@ -1,7 +1,8 @@
 """Handles the signals that ask a run to save its state and stop after the current step.
 
-SIGTERM or Ctrl-C: saves a checkpoint. SIGUSR2: copies the state to memory, if the run keeps such copies. A second
-Ctrl-C, and any SIGTERM or Ctrl-C before the first step is done, stops the run at once.
+- SIGTERM or Ctrl-C: saves a checkpoint. Before the first step is done, stops the run at once.
+- A second Ctrl-C: stops the run at once.
+- SIGUSR2: copies the state to memory.
 """
 
 import signal
@@ -17,23 +18,17 @@ class StopKind(Enum):
 
     none = 0
     in_memory = 1
-    """The next attempt starts right away, and resumes from the copies in memory."""
+    """The next attempt resumes at once from the copies in memory."""
     on_disk = 2
 
 
 class StopRequest:
-    """Remembers the first signal. A later request to save on disk replaces a request to copy to memory.
-
-    In every step all ranks read `pending`, and agree on one value.
-    """
+    """Remembers the first stop signal; a checkpoint on disk has priority."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether this attempt has completed a step. Before that, there is no new state to save.
-
-        So SIGTERM or Ctrl-C ends the run at once, because the first step of a large model may take very long.
-        """
+        """Whether this attempt has completed a step. Before, signals end it at once."""
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}
 

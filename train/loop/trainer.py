@@ -1,8 +1,7 @@
-"""The training loop: runs one optimizer step after another, the same on every rank.
+"""The training loop, the same on every rank.
 
-For each step it computes the step's settings, reads this rank's share of the batch, runs the step (training_engine.py)
-and records its metrics. It saves the state every checkpoint.every steps, and when a hook requests it. Hooks
-(live_run.py) do all other work.
+Each step reads this rank's share of the batch, trains (training_engine.py) and records metrics. The loop saves
+checkpoints every checkpoint.every steps, and when a hook requests it. Hooks (live_run.py) do all other work.
 """
 
 import time
@@ -26,21 +25,18 @@ NEXT_PHASE = {"schedule": "reduction", "reduction": "update", "update": "record"
 
 
 class Trainer:
-    """Trains one rank of a run, until the last step or a request to stop."""
+    """Trains one rank until the last step or a request to stop."""
 
     def __init__(self, run: LiveRun, stop: StopRequest, copies: "CopiesInMemory"):
-        """copies: the hook that copies the state to memory, from which the next attempt may resume."""
+        """copies: the hook that copies the state to memory."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
-        """Whether the run stopped only so that another attempt can resume from the copies in memory."""
+        """Whether another attempt resumes at once from copies in memory."""
         self._saved: int | None = None
         """The step of the newest checkpoint for which `on_save` was called."""
 
     def train(self) -> int:
-        """Train from the state's step to the last step. Returns the exit code.
-
-        Raises RunDiverged and DiskFailed.
-        """
+        """Train to the last step. Returns the exit code. Raises RunDiverged and DiskFailed."""
         run = self.run
         with disk_errors(run.config, kind=DiskFailed), closing(run):
             run.tell("on_start")
@@ -54,11 +50,10 @@ class Trainer:
         if not steps:
             run.note(f"all {config.steps} steps of this run are complete; raise steps= to continue the training")
             if not (run.folder / "checkpoints" / step_name(run.state.step)).exists():
-                self._save(final=True)  # the state came from another run's folder: this run has no checkpoint yet
+                self._save(final=True)  # the state came from another run: this run has no checkpoint
             return EXIT_OK
         schedules = Schedules(config)
-        # The data continue at the checkpoint's position, even if the recipe's batch size has changed since the
-        # checkpoint.
+        # The data continue at the checkpoint's position, even after a change of batch size.
         shift = run.state.samples - schedules.samples[run.state.step]
         plans = (schedules.plan(step, shift) for step in steps)
         shares = (self._share(schedules.plan(step, shift)) for step in steps)
@@ -74,7 +69,7 @@ class Trainer:
         return EXIT_OK
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
-        """Returns the first sample and the number of samples of this rank's contiguous share of the batch."""
+        """Returns first sample and number of samples of this rank's share."""
         first, count = share_of(self.run.config, plan.batch_size, self.run.mesh.dp_rank)
         return plan.first_sample + first, count
 
@@ -104,8 +99,7 @@ class Trainer:
             )
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
-        # Save only after the step's record is written. A run that resumes from this checkpoint would never write the
-        # record. The last state is saved at the end of the run.
+        # Save only after the record is written: a resumed run would never write it.
         every = run.config.checkpoint.every
         if plan.step < run.config.steps and (run.wants_save or (every and plan.step % every == 0)):
             self._save()

@@ -1,6 +1,6 @@
 """Implements the engine of one rank: the operations that a training loop needs, in any layout.
 
-    forward_backward    computes the gradients of a loss over a batch, and adds them to the gradients so far
+    forward_backward    adds the gradients of a loss over a batch to the gradients so far
     update              clips and applies the gradients if loss and gradients are finite; adjusts the router biases by
                         the step's tokens per expert (paper 2.1.2)
     discard             deletes the gradients
@@ -9,9 +9,8 @@
     generate            generates text with the live model, in one process
     weights, fill       read and replace the weights under Hugging Face's names
 
-All ranks make the same calls in the same order. Each data-parallel rank passes a different share of the batch. The
-pipeline and context-parallel ranks of one data-parallel rank all pass the same share. A step has these parts, in this
-order:
+All ranks make the same calls in the same order. Each data-parallel rank passes a different share of the batch. Its
+pipeline and context-parallel ranks pass the same share. A step has these parts, in this order:
 
     weights     sets the weights of the loss terms and router losses
     passes      runs forward and backward of all micro-batches
@@ -56,14 +55,11 @@ if TYPE_CHECKING:
     from train.loop.live_model import LiveModel
 
 TERMS = ("mtp", "balance", "biases")
-"""Optional parts of a step: MTP's losses, the balance loss of the routers, and the adjustment of their biases."""
+"""Optional parts of a step: MTP's losses, balance loss, and router biases."""
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float, index_weight: float) -> None:
-    """Set the chunks' step index, and the weights of the MTP, balance and indexer losses.
-
-    balance_weight, index_weight: weights of the balance and the indexer loss in one micro-batch.
-    """
+    """Set the chunks' step index, and weights of further losses."""
     for chunk in chunks:
         chunk.mtp_weight, chunk.step, chunk.index_weight = plan.mtp_weight, plan.step, index_weight
         for router in chunk.routers().values():
@@ -71,58 +67,52 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Counts of sequences, learnt tokens and samples in a step of all ranks. Loss sums are divided by these counts."""
+    """Counts of a step over all ranks, by which loss sums are divided."""
 
     rows: int
     """Number of token sequences."""
     targets: int | None
-    """Number of learnt tokens (the loss includes their prediction); None if all tokens are learnt."""
+    """Number of learnt tokens; None if all are learnt."""
     samples: int
-    """Number of samples. If a batch does not mark samples, each sequence is one sample."""
+    """Number of samples. Without marked samples, each sequence counts as one."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Results of a step. If the update was skipped, weights and balance biases are unchanged."""
+    """Results of a step, which may have skipped its update."""
 
     measured: MeasuredStep
     update: Update
     scores_LH: Tensor
-    """Largest attention score of every head in this rank's layers, from `QKClip.largest`; empty without optim.qk_clip.
-    """
+    """Largest attention score of every local head; empty without optim.qk_clip."""
 
 
 class Engine:
-    """Runs the steps of one rank. The engines of all ranks run the same steps."""
+    """Runs the steps of one rank, the same on all ranks."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
-        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses no such method."""
+        """live: implements `save`, `load`, `weights`, `fill` and `generate`, or None."""
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank's position in the layout. Its field `dp_rank` determines the rank's share of a batch."""
+        """This rank's position. `dp_rank` determines its share of a batch."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
-        """Number of completed steps. The next step uses the recipe's schedules at `step` + 1. To resume a run, set
-        `step`."""
+        """Number of completed steps. Set it to resume a run."""
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Number of sequences in one micro-batch, summed over the data-parallel ranks."""
         self._mean_micro_batches = 0.0
-        """Mean number of micro-batches per data-parallel rank in this step, by which losses are divided.
-
-        So all tokens have the same weight, even if the ranks' numbers of micro-batches differ (parallel.uneven).
-        """
+        """Mean number of micro-batches per data-parallel rank, which divides losses."""
         self._open: ExitStack | None = None
-        """Contexts that are open from a step's first to its last `forward_backward`; otherwise None."""
+        """Contexts of an open step; otherwise None."""
         self._is_reduced = False
-        """Whether the step's gradients are reduced. Then the next call must be `update` or `discard`."""
+        """Whether the step's gradients are reduced, ready for `update` or `discard`."""
         self._moves_biases = True
         self.has_failed = False
-        """Whether a call failed during the computation. Then other ranks may wait for this rank."""
+        """Whether a call failed; other ranks may wait for this rank."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
-        """A function that is called at the end of the phases `schedule` (forward and backward), `reduction` and
-        `update`, with the phase's name."""
+        """Called with the phase at the end of `schedule`, `reduction` and `update`."""
         self.clip = self._watch_scores(config.optim.qk_clip, parts, rank.mesh)
         self.measure = Measure(config.model, parts, rank, self.clip)
         self._moe_layers = sum(not name.startswith("mtp") for name in moe_layers(config.model))
@@ -141,11 +131,11 @@ class Engine:
     ) -> None:
         """Add the gradients of a loss over this rank's share of a batch to the step's gradients. Raises UserError.
 
-        loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or its import path. settings:
-        further arguments of the loss. last: whether this is the step's last call, which reduces the gradients. total:
-        the result of `count` for the batches of all calls of the step, by which sums over tokens are divided; None: the
-        step has only this call. terms: the parts of `TERMS` to use; None: all parts, but without `biases` if the batch
-        replays experts.
+        - loss: name in `TOKEN_LOSSES`, function as in train/model/token_losses.py, or its import path
+        - settings: further arguments of the loss
+        - last: whether this is the step's last call, which reduces the gradients
+        - total: result of `count` for all batches of the step, by which sums are divided; None: a single call
+        - terms: parts of `TERMS` to use; None: all parts, but without `biases` if experts are replayed
         """
         batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
@@ -167,11 +157,9 @@ class Engine:
         self._pass(plan, batch, total, last, token_loss, "balance" in chosen)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
-        """Clip and apply the gradients of the step. If the loss or a gradient is not finite, the weights stay
-        unchanged.
+        """Clip and apply the gradients of the step, unless the loss or a gradient is not finite. Raises UserError.
 
-        step: index of the step in the recipe's schedules; None for the next step. lr: replaces the learning rate of the
-        schedule. Raises UserError.
+        step: index in the recipe's schedules; None: the next step. lr: replaces the schedule's learning rate.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -195,11 +183,9 @@ class Engine:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
-        """Returns log p(token | earlier tokens) for every token of this rank's share: fp32 (B, S) on the host.
+        """Returns log p(token | earlier tokens) of this rank's share: fp32 (B, S) on the host. Raises UserError.
 
-        The value of the first token of a sequence is 0. If the batch has a tensor `temperatures`, the logits are
-        divided by it. Top-p is not applied. Routers do not count tokens, and adapters do not use dropout. Raises
-        UserError.
+        The value of a sequence's first token is 0. The batch's `temperatures` divide the logits. Top-p is not applied.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -221,8 +207,7 @@ class Engine:
         """Counts learnt tokens, sequences and samples in the batches of all ranks.
 
         rows: number of sequences over all ranks, if known. The call is collective, unless `rows` is given and every
-        token is learnt. Raises UserError on all ranks if they have different numbers of sequences, unless
-        parallel.uneven is set.
+        token is learnt. Raises UserError if ranks have different numbers of sequences, unless parallel.uneven is set.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
@@ -240,39 +225,28 @@ class Engine:
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the last step and wait until it is complete. Returns its path, for example
-        FOLDER/step_00000012.
-
-        folder: the folder for checkpoints. Any layout and every mode can read the checkpoint. Raises DiskFailed.
-        """
+        """Write a checkpoint of the last step, and wait for it. Returns its path."""
         return self._between_steps("save").save(folder, self.step)
 
     def load(self, path: Path) -> None:
-        """Load weights, optimizer state, balance biases and the step count from a checkpoint of any layout.
-
-        Raises UserError if the checkpoint is damaged or belongs to another model.
-        """
+        """Load the complete state from a checkpoint of any layout. Raises UserError."""
         self.step = self._between_steps("load").load(path)
 
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yields tensors under Hugging Face's names, in the order of a Hugging Face folder. All ranks get the same
-        tensors.
+        """Yields tensors under Hugging Face's names, in the order of a Hugging Face folder. Raises UserError.
 
         Collective: every rank must read all tensors. A tensor is valid until the caller reads the next one. Balance
-        biases are included, in fp32. merged: add the adapter to the base; otherwise yield only the adapter, under
-        PEFT's names. stacked: yield a layer's experts as one tensor. dtype: None for the recipe's dtype. Raises
-        UserError.
+        biases are included, in fp32.
+
+        - merged: add the adapter to the base; otherwise yield only the adapter, under PEFT's names
+        - stacked: yield a layer's experts as one tensor
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights and balance biases with tensors under Hugging Face's names.
-
-        weights: pairs of name and tensor, for example a result of `Session.weights`. The optimizer's state does not
-        change. Raises UserError for an unknown name or a wrong shape.
-        """
+        """Replace weights and balance biases, under Hugging Face's names. Raises UserError."""
         self._between_steps("fill").fill(weights)
 
     def generate(
@@ -285,11 +259,12 @@ class Engine:
         end_ids: Collection[int] = (),
         seed: int = 1,
     ) -> "list[DrawnText]":
-        """Returns completions of prompts by the live model. Only an engine in one process supports it.
+        """Returns completions of prompts by the live model, in an engine of one process. Raises UserError.
 
-        prompts: lists of token ids, of any lengths; all are completed in one batch. tokens: maximum number of new
-        tokens for each prompt. A completion ends at a token of `end_ids`. Row i uses the random seed `seed` + i. Raises
-        UserError.
+        - prompts: lists of token ids, of any lengths
+        - tokens: maximum number of new tokens for each prompt
+        - end_ids: tokens that end a completion
+        - seed: row i uses the random seed `seed` + i
         """
         how = {"temperature": temperature, "top_p": top_p, "end_ids": end_ids, "seed": seed}
         return self._between_steps("generate").generate(prompts, tokens=tokens, **how)
@@ -304,11 +279,7 @@ class Engine:
         stopping: StopKind = StopKind.none,
         on_phase: Callable[[str], None] = lambda _: None,
     ) -> StepOutcome:
-        """Run a whole step with the recipe's loss.
-
-        batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks.
-        on_phase: new value of the field `on_phase`.
-        """
+        """Run a whole step. stopping: how this rank was asked to stop."""
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
         return self._update(plan)
@@ -349,10 +320,7 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """Returns a context for one call of `forward_backward`, in the current step or in a new one.
-
-        An error inside the context ends the step.
-        """
+        """Returns a context for one `forward_backward`. An error ends the step."""
         if self._is_reduced:
             rule = "was called after the last call of a step, without update or discard"
             raise UserError(
@@ -385,7 +353,7 @@ class Engine:
         self._is_reduced, collected, zero = False, self._collected, self._parts.zero
         zero.set_lr(plan.lr)
         update = zero.step(collected.finite)
-        measured = collected.read()  # does not wait: the update has already waited for the gradient norm
+        measured = collected.read()  # does not wait: the update has already waited
         self.on_phase("update")
         if update.applied and self._moves_biases:
             self._update_biases(collected.loads_LE, plan)
@@ -403,11 +371,7 @@ class Engine:
         return QKClip(parts.chunks, self._config.model, limit, most)
 
     def _inputs(self, batch: Batch) -> dict:
-        """Returns the pipeline's inputs from a batch.
-
-        Every rank gets the replayed experts and attention keys. Only the rank with the head gets the other per-token
-        tensors.
-        """
+        """Returns the pipeline's inputs. Only the head's rank gets per-token tensors."""
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
             more["experts_BTLK"] = batch.experts_BTLK
@@ -438,7 +402,7 @@ class Engine:
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _between_steps(self, method: str) -> "LiveModel":
-        """Returns the live model. Raises UserError inside a step, because gradients cannot be saved."""
+        """Returns the live model. Raises UserError inside a step."""
         assert self._live is not None, "this engine only supports whole steps"
         if self._open is not None or self._is_reduced:
             raise UserError(method, "in a step", "must be called between steps", "call update or discard before it")
@@ -447,7 +411,7 @@ class Engine:
     # Checks of a caller's arguments
 
     def _find_loss(self, loss: str | TokenLoss, batch: Batch, settings: Mapping[str, float]) -> TokenLoss | None:
-        """Returns the loss function; None for the cross-entropy, which the head computes itself. Raises UserError."""
+        """Returns the loss function; None for cross-entropy. Raises UserError."""
         if isinstance(loss, str):
             if loss not in TOKEN_LOSSES and "." not in loss:
                 known = ", ".join(TOKEN_LOSSES)
@@ -480,7 +444,7 @@ class Engine:
     def check(self, batch: Batch, micro_batches: int) -> Batch:
         """Returns the batch with all fields set. Raises UserError if this layout cannot process it.
 
-        batch: of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
+        micro_batches: number of micro-batches of each rank.
         """
         config = self._config
         check_given_batch(batch, config.model.vocab_size)
@@ -498,13 +462,13 @@ class Engine:
         return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
 
     def _checked(self, batch: Batch) -> Batch:
-        """Checks this rank's share of a batch and returns it with all fields set. Raises UserError."""
+        """Checks this rank's share of a batch and completes it. Raises UserError."""
         return self.check(batch, self._micro_batches(batch))
 
     def _keys(self, batch: Batch) -> Tensor:
-        """Checks the replayed keys of sparse attention (B, T, L, K) and returns them. Raises UserError.
+        """Checks replayed keys (B, T, L, K) and returns them. Raises UserError.
 
-        A position that `_counting` excludes gets only one key, the position itself.
+        A position that `_counting` excludes gets only itself as key.
         """
         keys, model = batch.keys_BTLK, self._config.model
         assert keys is not None
@@ -538,10 +502,7 @@ class Engine:
         return keys.int()
 
     def _experts(self, batch: Batch) -> Tensor:
-        """Checks replayed experts (B, T, L, K) and returns them. Raises UserError.
-
-        Positions that `_counting` excludes get arbitrary valid experts.
-        """
+        """Checks replayed experts (B, T, L, K) and returns them. Raises UserError."""
         ids, model = batch.experts_BTLK, self._config.model
         assert ids is not None
         rows, length = batch.tokens_BS.shape
@@ -570,12 +531,12 @@ class Engine:
 
 
 def total_of(batches: Sequence[Batch]) -> StepTotal:
-    """Returns the numbers of learnt tokens, sequences and samples in these batches of all ranks."""
+    """Returns counts of learnt tokens, sequences and samples in the batches of all ranks."""
     return _total(_counts(batches))
 
 
 def _counts(batches: Sequence[Batch]) -> list[int]:
-    """Returns four counts: sequences, learnt tokens, samples, and batches that mark learnt tokens."""
+    """Returns counts of sequences, learnt tokens, samples, and batches with marked tokens."""
     whole = [_completed(batch) for batch in batches]
     marked = sum(batch.supervised_BS is not None for batch in whole)
     return [
@@ -592,10 +553,9 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _counting(batch: Batch) -> Tensor:
-    """Returns whether the loss depends on the replayed experts and attention keys of a position: bool (B, T).
+    """Returns whether the loss depends on a position's replayed experts and keys: bool (B, T).
 
-    This is false for padding and, if the batch marks learnt tokens, for the last position of each sample. The field
-    `documents_BS` must be set.
+    It does not for padding and, with supervised tokens, for the last position of a sample.
     """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
@@ -603,11 +563,11 @@ def _counting(batch: Batch) -> Tensor:
 
 
 def _completed(batch: Batch) -> Batch:
-    """Returns a batch whose samples are marked. If only learnt tokens are marked, each sequence is one sample."""
+    """Returns a batch with marked samples: by default, each sequence."""
     if batch.supervised_BS is None or batch.documents_BS is not None:
         return batch
     return replace(batch, documents_BS=torch.zeros(batch.tokens_BS.shape, dtype=torch.int32))
 
 
 def _nothing(chunk: int) -> None:
-    """A no-op, called instead of the gradient reduction in all calls of a step except the last."""
+    """A no-op, instead of the gradient reduction before the last call."""

@@ -1,4 +1,4 @@
-"""Computes the loss on held-out sequences, in any layout, for a run's validation and mode=evaluate."""
+"""Computes the loss on held-out sequences, in any layout."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from train.data.dataset import ValidationData
 
 @dataclass(frozen=True)
 class Sums:
-    """Sizes of the measured text, and sums of losses, over all ranks."""
+    """Sizes of the text, and sums of losses, over all ranks."""
 
     sequences: int = 0
     tokens: int = 0
@@ -24,9 +24,9 @@ class Sums:
     text_bytes: int = 0
     """Number of bytes of text in the target tokens."""
     nats: float = 0.0
-    """Sum of -log p over all target tokens, for the main model (without MTP)."""
+    """Sum of -log p over all target tokens, without MTP."""
     more: tuple[float, ...] = ()
-    """Sums of the additional values that the argument `more` of `held_out_loss` returns."""
+    """Sums of the values of `more` in `held_out_loss`."""
 
     def __add__(self, other: "Sums") -> "Sums":
         more = tuple(a + b for a, b in zip(self.more, other.more, strict=True)) if self.more else other.more
@@ -45,7 +45,7 @@ class Sums:
 
     @property
     def bits_per_byte(self) -> float:
-        """Mean loss in bits per byte of text; NaN if the target tokens contain no text."""
+        """Mean loss in bits per byte of text; NaN without text."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
@@ -59,14 +59,12 @@ def held_out_loss(
 ) -> Sums:
     """Computes the main loss on all sequences of `data`. Every rank gets the same sums.
 
-    The data-parallel ranks share the sequences. size: sequences per forward pass of one rank. more: a function that
-    every rank calls after each pass. It returns further sums of the pass: a float64 tensor, whose length is the same on
-    all ranks.
+    size: sequences per forward pass of one rank. more: called after each pass; returns further sums, a float64 tensor
+    of the same length on all ranks.
     """
     totals: Tensor | float = 0.0
     for first in range(0, len(data), size * mesh.layout.dp):
-        # Every rank runs the same number of passes, because its experts also serve the tokens of other ranks. A
-        # rank without a share repeats the first sequences and does not count them.
+        # All ranks run the same passes, because their experts serve each other's tokens.
         mine = first + mesh.dp_rank * size
         batch = data.batch(mine if mine < len(data) else 0, size)
         loss = pipeline.evaluate(
@@ -74,8 +72,8 @@ def held_out_loss(
         )
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
-            # Ranks that share a sequence have separate losses: means over equally many positions, or sums over
-            # supervised positions. Only the first of these ranks counts the tokens and bytes of the sequence.
+            # Ranks that share a sequence have separate losses: means over equal parts, or sums over supervised
+            # positions. Only the first of these ranks counts tokens and bytes.
             counts, nats = mesh.cp_rank == 0, loss.item()
             if batch.supervised_BS is None:
                 nats *= batch.targets // mesh.layout.cp
