@@ -67,12 +67,7 @@ def assert_same(tmp_path, name: str, other: str, rel: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [
-        (name, stage)
-        for name in LAYOUTS
-        for stage in ("sparse", "warmup")
-        if (stage, "zero3" in name) != ("warmup", True)
-    ],
+    [(name, stage) for name in LAYOUTS for stage in ("sparse", "warmup")],
 )
 def test_a_layout_of_sparse_attention_equals_one_process(reference, name, stage):
     world, words = layout_words(name)
@@ -109,11 +104,6 @@ def test_a_stage_that_begins_with_shared_keys_is_refused(tmp_path):
     words = arguments(tmp_path, *BASE, "parallel.pp=2", "parallel.split=[3,5]")
     with pytest.raises(UserError, match=r"(?s)puts layer 3 first in stage 1.*layer 2.*\[0, 2, 4, 6\]"):
         check_layout(compose(*words))
-
-
-def test_a_warmup_with_sharded_weights_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"must be 1 or 2 with optim\.index_warmup"):
-        compose(*arguments(tmp_path, *BASE, *WARMUP, "parallel.zero=3", "parallel.dp=2"))
 
 
 BESIDE = {

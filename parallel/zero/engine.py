@@ -57,7 +57,7 @@ class WeightFacts:
     is_expert: Callable[[str], bool]
     """Whether the parameter with this global name is a weight of experts."""
     is_frozen: Callable[[str], bool] = lambda _: False
-    """Whether the parameter with this global name is frozen."""
+    """Whether the parameter with this global name is frozen. A frozen parameter gets no gradient."""
     tied: nn.Parameter | None = None
     """A parameter that the first and the last rank of the pipeline hold; None if there is none. Its gradients are
     summed over both ranks.
@@ -110,7 +110,7 @@ class Zero:
         config = make_config(settings, module, about.units, self._reduced_elements)
         self.engine = build_engine(module, self.client, config, mesh, names, about)
         self.optimizer = self.engine.optimizer
-        self._weights = self._hold_weights(settings, rules, members)
+        self._weights = self._hold_weights(settings, rules, members, frozen)
         for flat, weights in self._weights.flats():
             params = [weight.param for weight in weights]
             group = mesh.stage_group if getattr(params[0], "allreduce", True) else mesh.edp_group
@@ -119,7 +119,11 @@ class Zero:
             self.client.allocate(flat)
 
     def _hold_weights(
-        self, settings: ZeroSettings, rules: dict[nn.Parameter, UpdateRule], members: list[list[nn.Parameter]]
+        self,
+        settings: ZeroSettings,
+        rules: dict[nn.Parameter, UpdateRule],
+        members: list[list[nn.Parameter]],
+        frozen: set[nn.Parameter],
     ) -> ShardedWeights | WholeWeights:
         """Return the object that holds weights and gradients at this ZeRO stage.
 
@@ -128,7 +132,7 @@ class Zero:
         if settings.stage == 3:
             trained = {param: self.shapes[param] for param in self.names}
             return ShardedWeights(
-                self.engine, self.client, trained, rules, self._shares, self._global_norm, self._show_local
+                self.engine, self.client, trained, rules, self._shares, self._global_norm, self._show_local, frozen
             )
         return WholeWeights(
             self.engine,

@@ -19,7 +19,7 @@ would use the order of computation. If it differed between ranks, DeepSpeed woul
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class ShardedWeights:
     shares: function that returns which ranks share a parameter
     norm: function that computes the global gradient norm; called once per step
     handing: function that is called with a parameter before its gradient is reduced
+    frozen: parameters that get no gradient; DeepSpeed's sums of their gradients stay zero
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class ShardedWeights:
         shares: Callable[[nn.Parameter], Sharing],
         norm: Callable[[], Tensor],
         handing: Callable[[nn.Parameter], None],
+        frozen: Collection[nn.Parameter],
     ):
         self._optimizer = optimizer = engine.optimizer
         self._coordinator = optimizer.parameter_offload.get_param_coordinator()
         self._shapes, self._rules, self._shares, self._handing = shapes, rules, shares, handing
-        self._order = list(shapes)[::-1]
+        self._order = [param for param in shapes if param not in frozen][::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
         """Weights that two chunks of this rank share. A micro-batch adds to such a gradient twice, and DeepSpeed gets
@@ -95,6 +97,7 @@ class ShardedWeights:
             hook.remove()
         self._nodes = [_node_of(param, shape) for param, shape in shapes.items()]
         for param, node in zip(shapes, self._nodes, strict=True):
+            node.register_prehook(lambda gradients, param=param: self._keep_for_freed(param, *gradients))
             node.register_hook(lambda *_, param=param: self._arrived(param))
         for chunk in engine.module:
             # With torch's split backward, torch sets gradients of weights whose memory is freed, which fails.
@@ -187,6 +190,18 @@ class ShardedWeights:
             self._end_pass()
             self._in_pass = True
         self._backward.add(chunk)
+
+    def _keep_for_freed(self, param: nn.Parameter, gradient: Tensor | None) -> tuple[None] | None:
+        """Store a gradient that arrives while the parameter's memory is freed. torch could not store it, because it
+        copies the parameter's shape.
+
+        Returns (None,) if no gradient remains for torch to store, else None.
+        """
+        if gradient is None or param.numel():
+            return None
+        with _in_shape(param, self._shapes[param]):
+            param.grad = gradient
+        return (None,)
 
     def _arrived(self, param: nn.Parameter) -> None:
         """Record that a parameter's gradient is complete; autograd calls this after the parameter's node.

@@ -63,6 +63,7 @@ LAYOUTS = {
     "sparse cp2": [*SPARSE, "parallel.cp=2", "precision=bf16"],
     "sparse warm-up": [*SPARSE, *WARM, "precision=bf16"],
     "sparse warm-up cp2 zero 2": [*SPARSE, *WARM, "parallel.cp=2", "parallel.zero=2", "precision=bf16"],
+    "sparse warm-up zero 3": [*SPARSE, *WARM, "parallel.dp=2", "parallel.zero=3", "precision=bf16"],
     "MTP 2, all recomputed": ["model.mtp_depth=2", "model.recompute=[norm,mla_up,swiglu]"],
 }  # fmt: skip
 

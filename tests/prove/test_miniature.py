@@ -73,8 +73,8 @@ def recipe(name: str, *overrides: str) -> Config:
         "glm"
     ):  # by their work, the head and an MTP module of so small a model leave a rank without a block
         cfg.parallel.split = "even"
-    if cfg.optim.index_warmup:  # takes no ZeRO 3, and no first stage without a layer
-        cfg.parallel.zero, cfg.parallel.split = min(cfg.parallel.zero, 2), "even"
+    if cfg.optim.index_warmup:  # takes no first stage without a layer
+        cfg.parallel.split = "even"
         cfg.model.layers = max(12, cfg.model.layers)
     check(cfg)
     check_layout(cfg)

@@ -31,6 +31,7 @@ WHOLE = {
     "lora_bf16": [*SPARSE, "adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "precision=bf16"],
     "muon": [*SPARSE, "optim=muon", "optim.qk_clip=0.5"],
     "warmup_zero2_bf16": [*WARM, "parallel.dp=2", "parallel.zero=2", "precision=bf16"],
+    "warmup_ep2_zero3": [*WARM, "parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],
     "warmup_muon": [*WARM, "optim=muon"],
 }
 

@@ -405,10 +405,10 @@ class DeepSeekV3(nn.Module):
             positions.choices.weight, positions.choices.supervised_BS = self.index_weight / divisor, supervised_BS
         if not (self.training and self.warms_indexers):
             return self._run(x, positions, tokens_BS, supervised_BS, tensors_BS)
-        positions.choices.alone = terms = []
+        positions.choices.alone = gradients = {}
         with torch.no_grad():
             out = self._run(x, positions, tokens_BS, supervised_BS, tensors_BS)
-        return LearnAlone.apply(out, x, *terms) if torch.is_grad_enabled() else out
+        return LearnAlone.apply(out, x, gradients.values(), *gradients) if torch.is_grad_enabled() else out
 
     def _run(
         self,

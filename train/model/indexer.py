@@ -16,7 +16,7 @@ Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I width
 width of attention.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -142,10 +142,23 @@ def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
     return torch.cat(positions.share.gather_begin(k_BTI, [len(piece) for piece in positions.pieces]).wait(), 1)
 
 
+def learn(index: IndexVectors, weight_BT: Tensor, positions: Positions, loss_of: Callable[..., IndexLoss]) -> IndexLoss:
+    """Compute an indexer's loss, and its gradients for the vectors of this rank's positions.
+
+    weight_BT: weight of each local query in the loss.
+    loss_of: computes the loss and the gradients from the vectors of all keys.
+    """
+    loss, found = loss_of(index._replace(k_BSI=whole_keys(positions, index.k_BSI)), weight_BT=weight_BT)
+    if positions.share is not None:
+        pieces = list(found.k_BSI.split([len(piece) for piece in positions.pieces], 1))
+        found = found._replace(k_BSI=positions.share.scatter_sum(pieces))
+    return IndexLoss(loss, found)
+
+
 class Learn(Function):
     """Returns y unchanged. Its backward returns the gradients of the indexer's loss for the indexer's vectors.
 
-    compute: computes the loss and the gradients from the vectors of all keys.
+    compute: computes the loss and the gradients for these vectors.
     count: receives the loss.
     """
 
@@ -156,33 +169,32 @@ class Learn(Function):
         q_BTHI: Tensor,
         k_BTI: Tensor,
         w_BTH: Tensor,
-        positions: Positions,
         compute: Callable[[IndexVectors], IndexLoss],
         count: Callable[[Tensor], None],
     ) -> Tensor:
         assert is_recorded(ctx), "an indexer learns where gradients are recorded"
-        loss, (dq_BTHI, dk_BSI, dw_BTH) = compute(IndexVectors(q_BTHI, whole_keys(positions, k_BTI), w_BTH))
+        loss, gradients = compute(IndexVectors(q_BTHI, k_BTI, w_BTH))
         count(loss)
-        if positions.share is not None:
-            dk_BSI = positions.share.scatter_sum(list(dk_BSI.split([len(piece) for piece in positions.pieces], 1)))
-        ctx.save_for_backward(dq_BTHI, dk_BSI, dw_BTH)
+        ctx.save_for_backward(*gradients)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return dy, *ctx.saved_tensors, None, None, None
+        return dy, *ctx.saved_tensors, None, None
 
 
 class LearnAlone(Function):
     """Returns a chunk's output unchanged. Used when training changes only the indexers.
 
-    In backward, each indexer's loss gets gradient 1, and the chunk's input gets zeros.
+    Backward returns `gradients` for the weights, and zeros for the chunk's input x. The forward has already computed
+    the gradients, so backward needs no weights. At ZeRO stage 3, they are not gathered then.
     """
 
     @staticmethod
-    def forward(ctx, out: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
+    def forward(ctx, out: Tensor, x: Tensor, gradients: Iterable[Tensor], *weights: nn.Parameter) -> Tensor:
         ctx.x = x.shape, x.dtype, x.device
+        ctx.save_for_backward(*gradients)
         return out.view_as(out)
 
     @staticmethod
@@ -190,7 +202,7 @@ class LearnAlone(Function):
     def backward(ctx, dout: Tensor):
         shape, dtype, device = ctx.x
         dx = torch.zeros(shape, dtype=dtype, device=device) if ctx.needs_input_grad[1] else None
-        return None, dx, *(dout.new_ones((), dtype=torch.float32) for _ in ctx.needs_input_grad[2:])
+        return None, dx, None, *ctx.saved_tensors
 
 
 def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:

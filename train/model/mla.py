@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from conf.schema import Model, Recompute
 from train.model.attention import AttentionInput, KeptLse, LargestScores
 from train.model.chosen_attention import ChosenAttention, KeptShares
-from train.model.indexer import AttentionTarget, Indexer, IndexLoss, IndexVectors, Learn, query_weights, whole_keys
+from train.model.indexer import (
+    AttentionTarget,
+    Indexer,
+    IndexLoss,
+    IndexVectors,
+    Learn,
+    learn,
+    query_weights,
+    whole_keys,
+)
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import RecomputedOutputs, ReplaceableTensors, is_repeated, recall, remember
 from train.model.rope import Rope, rotate, turn_queries
@@ -153,16 +162,18 @@ class MLA(nn.Module):
         assert indexer is not None, "who learns"
 
         def compute(vectors: IndexVectors) -> IndexLoss:
-            return loss_of(vectors, weight_BT=query_weights(positions, len(y_BTD), y_BTD.device))
+            return learn(vectors, query_weights(positions, len(y_BTD), y_BTD.device), positions, loss_of)
 
         def count(loss: Tensor) -> None:
             if not is_repeated():
                 indexer.loss = indexer.loss + loss
 
         if alone is None:
-            return Learn.apply(y_BTD, *index, positions, compute, count)
-        with torch.enable_grad():
-            alone.append(Learn.apply(y_BTD.new_zeros(()), *index, positions, compute, count))
+            return Learn.apply(y_BTD, *index, compute, count)
+        loss, gradients = compute(index)
+        count(loss)
+        weights = list(indexer.parameters())
+        alone.update(zip(weights, torch.autograd.grad(index, weights, gradients), strict=True))
         return y_BTD
 
     def attend(self, given: AttentionInput) -> Tensor:

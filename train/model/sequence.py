@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.model.needed import Function
 
@@ -124,8 +124,8 @@ class KeyChoices:
     """Weight of the indexers' loss at each supervised query; 0 if indexers do not learn."""
     supervised_BS: Tensor | None = None
     """Mask of the supervised tokens, on the host; None: all tokens."""
-    alone: list[Tensor] | None = None
-    """Collects the indexers' losses if training changes only the indexers; else None."""
+    alone: dict[nn.Parameter, Tensor] | None = None
+    """Collects the gradients of the indexers' weights if training changes only the indexers; else None."""
     chosen_BTK: Tensor | None = None
     """Key positions that the latest indexer selected, int32; -1 fills missing keys."""
 

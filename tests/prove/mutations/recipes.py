@@ -34,6 +34,7 @@ SPARSE = [
     *BASE, "model.sparse.heads=3", "model.sparse.head_dim=6", "model.sparse.top_k=4", "model.sparse.pattern=FFS",
     "data.mask_documents=false",
 ]  # fmt: skip
+WARM = ["optim.index_warmup=true", "optim.bias_speed=[{until: 1.0, value: 0.0}]"]
 RECIPES = {
     "copies": COPIES,
     "experts": EXPERTS,
@@ -76,7 +77,8 @@ RECIPES = {
     "sparse again": [*SPARSE, "model.recompute=[layer]", "model.mtp_depth=0"],
     "sparse chats": [*SPARSE, *CHATS],
     "sparse shared": [*SPARSE, "parallel.cp=2"],
-    "sparse warm-up": [*SPARSE, "optim.index_warmup=true", "optim.bias_speed=[{until: 1.0, value: 0.0}]"],
+    "sparse warm-up": [*SPARSE, *WARM],
+    "sparse warm-up zero 3": [*SPARSE, *WARM, "parallel.dp=2", "parallel.zero=3"],
     "pipeline": [*BASE, "parallel.pp=2"],
     "zbv": [*STAGES, "parallel.schedule=zbv"],
     "dualpipev": [*STAGES, "parallel.schedule=dualpipev"],

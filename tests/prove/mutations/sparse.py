@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parallel.zero.engine import Zero
-from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, UPDATE, VALIDATION, mutation
+from parallel.zero.sharded_weights import ShardedWeights
+from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, REDUCTION, UPDATE, VALIDATION, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain import plain_indexer
 from train.kernels.plain.plain_kernels import PlainKernels
@@ -353,6 +354,19 @@ def warmup_lets_weights_decay(bug: Seams) -> None:
             group["lr"] = lr
 
     bug.around(Zero, "set_lr", set_lr)
+
+
+@mutation(
+    f"{OURS}: gradients of weights that are sharded by then are lost",
+    "sparse warm-up zero 3",
+    REDUCTION,
+    "gradients of weights|reduced gradients",
+)
+def gradients_of_sharded_weights_are_lost(bug: Seams) -> None:
+    def keep(original, self, param, gradient):
+        return original(self, param, None if gradient is None or param.numel() else 0 * gradient)
+
+    bug.around(ShardedWeights, "_keep_for_freed", keep)
 
 
 def _by_rank(original: Callable, positions, k_BTI: Tensor) -> Tensor:

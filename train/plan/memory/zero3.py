@@ -35,6 +35,7 @@ class Zero3Memory:
         chunk: memory of the rank's only chunk
         """
         self._config, self._groups, self._chunk = config, groups, chunk
+        self._warms = config.optim.index_warmup
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
 
@@ -118,20 +119,26 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Gathered bytes at each execution of a unit: forward, then backward."""
+        """Gathered bytes at each execution of a unit: forward, then backward. In a warm-up of indexers, backward gathers
+        nothing.
+        """
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
+        if self._warms:
+            return held[1 : last + 1] + [GatheredBytes(0, 0)] * len(self._backward[0])
         return held[1 : last + 1] + held[-last:]
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
         """The arguments of `follow_gathers`."""
         units = self._units()
+        limit = max(sum(weight.elements for weight in unit) for unit in units)
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights
+        if self._warms:
+            return units, [(unit, True) for unit in (*range(last + 1), 0)], limit
         visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head runs once for every output
         done = [True] * (last + 2) + [False] * depths + [True] * last
-        limit = max(sum(weight.elements for weight in unit) for unit in units)
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:

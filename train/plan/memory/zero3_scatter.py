@@ -119,6 +119,8 @@ class _UnitRun(Run):
                 unit.register_forward_hook(lambda _, __, out, name=name: self._watch(out, name))
         trained = ((name, param) for name, param in self._module.named_parameters() if param.requires_grad)
         own = [(name, param) for name, param in trained if unit_of(name) or self._part != "end"]
+        if self._scene.warms_index:
+            own = [(name, param) for name, param in own if ".indexer." in name]
         apart = self._scene.ep > 1  # without expert groups, all gradients are summed over the same ranks
         self._order = [(param, apart and ".experts." in name) for name, param in reversed(own)]
         self._ready: set[nn.Parameter] = set()

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from train.plan.time.stages import Stages
 from train.plan.time.traffic import latent_bytes
-from train.plan.time.update import count_weights, sharers
+from train.plan.time.update import count_weights, sharers, stage3_passes
 
 
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
@@ -29,7 +29,7 @@ def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     for ids in stages.placement:
         held = count_weights(config, stages.layers, ids, last)
         # numbers of reductions and of gathers, and how often a step repeats both
-        times = (1, 2, stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)
+        times = (*stage3_passes(config), stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)
         for weights, group, per_node in sharers(layout, held):
             moved = weights * (group - 1) / group * times[2]
             across = 1 / per_node if group > per_node else 0.0  # in a ring, one rank per node sends to another node

@@ -243,9 +243,18 @@ def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
 
 
+def stage3_passes(config: Config) -> tuple[int, int]:
+    """Returns how often each micro-batch reduces the gradients of all weights and gathers all weights, at ZeRO stage 3.
+
+    In a warm-up of indexers, backward gathers no weights. It reduces only the indexers' gradients, which are too few to
+    count.
+    """
+    return (0, 1) if config.optim.index_warmup else (1, 2)
+
+
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
     """Returns a forward's and a backward's communication seconds at ZeRO stage 3."""
-    element = config.precision.weight_bytes
+    element, (reductions, gathers) = config.precision.weight_bytes, stage3_passes(config)
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
     for (weights, group, per_node), frozen in zip(sharers(layout, held), frozen_weights, strict=True):
@@ -253,4 +262,4 @@ def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCou
             away = (group - 1) / group
             gather += _collective("gather", rates, (weights * element + frozen) * away, group, per_node)
             reduce += _collective("reduce", rates, weights * 4 * away, group, per_node)
-    return gather, gather + reduce
+    return gather, (gathers - 1) * gather + reductions * reduce
