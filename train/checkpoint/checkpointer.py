@@ -1,8 +1,8 @@
 """Saves checkpoints while the training continues.
 
 `save` copies the shards to CPU buffers. A thread writes the buffers to disk and takes part in the commit
-(`train.checkpoint.commit`). A failed save becomes a warning in `poll`. The next save gives up a stuck save, which no
-rank commits later.
+(`train.checkpoint.commit`). A failed save becomes a warning in `poll`. The next save gives up an unfinished save, which
+no rank commits later.
 """
 
 import json
@@ -27,7 +27,10 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save."""
+"""Fraction of the timeout after which the next save gives up an unfinished save.
+
+Below 1, because other ranks may already wait for this rank.
+"""
 GRACE = 0.1
 """Fraction of the timeout after which a given-up save counts as stuck."""
 LEAST_GRACE = 1.0
@@ -113,7 +116,7 @@ class Checkpointer:
         - attempt: from `commit.next_attempt`, the same on every rank
         - timeout: maximum wait for other ranks, in seconds
         - retry_wait: seconds before the first retry; doubled for each further retry
-        - staging: maximum bytes of the buffers; 0: the size of the state
+        - staging: maximum bytes of the buffers; 0: the size of the state. Smaller buffers make the training wait.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout

@@ -49,7 +49,7 @@ class Batch:
     def learnt_BT(self) -> Tensor | None:
         """bool (B, seq_len): whether the main model's loss includes each target; None: all targets.
 
-        It includes supervised tokens, except the first of a sample.
+        It includes supervised tokens, except the first token of a sample.
         """
         if self.supervised_BS is None or self.documents_BS is None:
             return None

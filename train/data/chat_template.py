@@ -368,7 +368,8 @@ class ChatTemplate:
         """Returns the number of characters between the generation prompt and a turn's content, and the text after the
         content.
 
-        probed: the chat with probe characters as contents. piece: the text between the last two probe characters.
+        probed: the chat with probe characters as contents. piece: the text between the previous and this turn's probe
+        character.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)

@@ -98,7 +98,7 @@ class TrainingData:
 
 
 class ValidationData:
-    """Fixed sequences, spread evenly over the held-out documents. They are the same for every seed and have no FIM.
+    """Fixed sequences, spread evenly over the held-out documents. They are the same for every seed.
 
     Bits per byte = loss of all targets in nats / ln 2 / text_bytes. eos has 0 bytes.
     """

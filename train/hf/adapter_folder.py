@@ -103,7 +103,7 @@ PEFT_FIXED: dict[str, Any] = {
 }
 """Fields of adapter_config.json with one allowed value, which may be missing.
 
-With them the adapter computes y = W x + scale B A x.
+With these values the adapter computes y = W x + scale B A x.
 """
 
 

@@ -81,7 +81,7 @@ class RunState:
         return shards
 
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
-        """Returns the shards that this rank reads from a checkpoint with this meta, including its shards of hooks.
+        """Returns the shards that this rank reads from a checkpoint with this meta, including the shards of hooks.
 
         own_optimizer: whether the run's optimizer wrote the checkpoint; otherwise the optimizer's state becomes zero.
         """
