@@ -1,7 +1,6 @@
-"""Records every collective, send and receive of this process by wrapping the methods of torch's `ProcessGroup`.
+"""Records this process's collectives, sends and receives by wrapping the methods of torch's `ProcessGroup`.
 
-Sluice, torch's pipeline runtime and DeepSpeed all call these methods. A `CommLog` receives the records; for the format,
-see cluster/comm_ring.py. The host does not know when an operation on a device ends, so this end is not recorded.
+A `CommLog` receives the records (format: cluster/comm_ring.py). The end of an operation on a device is not recorded.
 """
 
 import itertools
@@ -45,25 +44,22 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""Recorded methods of torch's `ProcessGroup`, with the kind of operation. A torch version may lack some of the methods.
-"""
+"""Recorded methods of torch's `ProcessGroup`, with the kind of operation. Not every torch version has all."""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds of operations that send and receive the same tensor."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""A file does not count as a caller if its path contains one of these texts: files of installed packages, of Python's
-library, and this file.
-"""
+"""Parts of the paths of installed packages, Python's library and this file, which are never callers."""
 
 
 class CommLog(Protocol):
     """The interface of an object that receives the records; see cluster/comm_ring.py."""
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return a group's number in the log. Adds the group if it is new."""
+        """Return a group's number in the log."""
         ...
 
     def place(self, file: str, line: int) -> int:
-        """Return the log's number for a line of code. Adds the line if it is new."""
+        """Return the log's number for a line of code."""
         ...
 
     def begin(
@@ -76,7 +72,7 @@ class CommLog(Protocol):
 
 
 class RecordedWork:
-    """Wraps the work object of a group's method. It tells the log when a wait starts and when the work is complete."""
+    """Wraps a work object. Tells the log when a wait starts and when the work is complete."""
 
     __slots__ = ("_at", "_ends", "_log", "_work")
 
@@ -84,7 +80,7 @@ class RecordedWork:
         self._work, self._log, self._at, self._ends = work, log, at, ends
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Wait for the work and record its end. If the wait raises, no end is recorded."""
+        """Wait for the work, then record its end."""
         self._log.wait(self._at)
         result = self._work.wait(*given, **named)
         if self._ends:
@@ -112,8 +108,7 @@ class CommRecorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record every operation that begins inside the block."""
-        # The original methods are read from the class's dict. A C++ method that getattr returned would no longer bind
-        # to an instance after it is assigned to the class again.
+        # A C++ method from getattr, instead of the class's dict, would not bind to instances when it is restored.
         kept = {name: vars(ProcessGroup)[name] for name in GROUP_METHODS if name in vars(ProcessGroup)}
         for name in kept:
             setattr(ProcessGroup, name, self._seen(getattr(ProcessGroup, name), GROUP_METHODS[name]))
@@ -165,7 +160,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the log's number for the innermost stack line of Sluice's or user code."""
+        """Return the log's number for the innermost line of Sluice's or user code."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
@@ -197,7 +192,7 @@ def _first(tensors: Any) -> Any:
 
 
 def _count(tensors: Any) -> int:
-    """Return the number of elements of a tensor or of a list of tensors."""
+    """Return the number of elements of one tensor or a list."""
     if isinstance(tensors, Tensor):
         return tensors.numel()
     return sum(map(_count, tensors)) if isinstance(tensors, list | tuple) else 0

@@ -1,16 +1,10 @@
 """Context parallelism: the ranks of a group share each sequence and exchange the latents that attention needs.
 
 A sequence is cut into 2 N pieces; rank r of N works on pieces r and 2 N - 1 - r (train/model/sequence.py). Before
-attention, the ranks gather MLA's latent and rope key: kv_rank + rope_head_dim values per token and layer. They drop the
-gathered values; the backward gathers them again. The latents' gradients return by an all-to-all in the activation
-dtype, and the receiver sums them in fp32. A reduce-scatter would round the sum after every rank.
+attention, the ranks gather MLA's latents and rope keys. The backward gathers them again. The latents' gradients return
+by an all-to-all in the activation dtype; the receiver sums them in fp32.
 
-For C gathered values of b bytes per position, a rank sends
-
-    3 (N - 1) * B * T * C * b      per layer, forward and backward: two gathers and an all-to-all
-
-The ranks of a group hold the same stage and run the same actions. Each call waits for its own collective
-(parallel/pipeline/overlap.py).
+The ranks of a group run the same actions of the same stage. Each call waits for its own collective.
 
 Shapes: B sequences, T positions of this rank, L positions of a piece, X any width, N ranks.
 """
@@ -26,9 +20,9 @@ from parallel.expert.link import TrafficCounters
 
 
 class ContextParallel:
-    """Exchanges data with the ranks that share this rank's sequences. Implements `train.model.sequence.SequenceShare`.
+    """Exchanges data with the ranks that share this rank's sequences. Implements `SequenceShare`.
 
-    group: the N ranks that share sequences. across: whether the ranks span several nodes.
+    group: the N ranks that share sequences. across: whether they span several nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
@@ -38,10 +32,9 @@ class ContextParallel:
         """Bytes sent. Gathers count as forward traffic, `scatter_sum` as backward traffic."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> "LatentsOnTheirWay":
-        """Start to gather all pieces of the sequences.
+        """Start to gather all pieces; `wait` of the result returns them.
 
-        own_BTX: this rank's two pieces. rows: positions of each piece. `wait` of the result returns the pieces in
-        order, each (B, rows[j], X).
+        own_BTX: this rank's two pieces. rows: positions of each piece.
         """
         size = max(rows)
         own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
@@ -51,9 +44,9 @@ class ContextParallel:
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Sum values over all ranks. Returns the sums for this rank's positions, (B, T, X).
+        """Return the sums over all ranks for this rank's positions: (B, T, X).
 
-        pieces: this rank's values for all positions, one tensor for each of the 2 N pieces.
+        pieces: this rank's values, one tensor per piece of the sequence.
         """
         size = max(piece.size(1) for piece in pieces)
         own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)
@@ -86,9 +79,7 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism for a rank that runs alone (plan or dry run). It returns copies of this rank's own values
-    instead of other ranks' values.
-    """
+    """Context parallelism of a rank that runs alone. Other ranks' values are copies of its own."""
 
     def __init__(self, ranks: int, rank: int = 0):
         self.parts, self.part, self.counters, self._across = ranks, rank, TrafficCounters(), False

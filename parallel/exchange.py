@@ -1,7 +1,7 @@
 """Exchanges plain values between ranks, as JSON text in tensors.
 
-torch's object collectives (such as `all_gather_object`) use pickle, and a pickle can run any code in the rank that
-reads it. So no rank sends or reads a pickle, and `refuse_pickles` makes torch's functions raise.
+torch's object collectives (such as `all_gather_object`) use pickle, and a pickle can run any code in its reader.
+`refuse_pickles` makes these functions raise.
 """
 
 import json
@@ -22,15 +22,13 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""Matches gloo's messages about a time-out; gloo has no error class for them. Such a message starts with the name of a
-gloo source file, or is "Wait timeout" from gloo's store.
-"""
+"""Matches gloo's messages about a time-out, which have no error class."""
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
-"""Matches the time-out messages of NCCL and torch's store. Both raise `torch.distributed.DistError`."""
+"""Matches the time-out messages of NCCL and torch's store."""
 
 
 def is_timeout(error: BaseException | None) -> bool:
-    """Whether the error, or a cause of it, is a time-out of gloo, NCCL or the store."""
+    """Whether the error, or its cause, is a time-out of gloo, NCCL or the store."""
     return any(
         (isinstance(one, dist.DistError) and TIMEOUT.search(str(one)))
         or (isinstance(one, RuntimeError) and GLOO_TIMEOUT.search(str(one)))
@@ -41,8 +39,8 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: any JSON value, even non-finite numbers; a tuple is returned as a list. Keep the value small: for each
-    rank, every rank allocates the size of the longest JSON text. Raises TypeError for other values.
+    value: a small JSON value, even with non-finite numbers; a tuple is returned as a list. Raises TypeError for other
+    values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])
@@ -56,10 +54,7 @@ def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Run `make` on rank 0 and return its result on every rank. The result is JSON as in `gather`, of any size.
-
-    Collective over all ranks.
-    """
+    """Run `make` on rank 0 and return its JSON result, of any size, on every rank. Collective over all ranks."""
     first = dist.get_rank() == 0
     text = _encode(make()) if first else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([text.numel()])
@@ -72,9 +67,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """Create a group of all ranks for the block. Its timeout may exceed the timeout of the training. Collective over
-    all ranks.
-    """
+    """Create a group of all ranks with this timeout for the block. Collective over all ranks."""
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     yield group
@@ -82,28 +75,26 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Short texts that a rank writes to the common store for other ranks. Threads use them, because threads must not
-    use collectives.
-    """
+    """Short texts that ranks write to the common store. Threads use them, because threads must not use collectives."""
 
     def __init__(self, store: dist.Store | None = None):
-        """store: the store to use; None for the store of all ranks."""
+        """store: None for the store of all ranks."""
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Write a text under this name. If the rank that serves the store has ended, the text is lost."""
+        """Write a text under this name. The text is lost if the store's rank has ended."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 
     def read(self, name: str) -> str | None:
-        """Return the text that a rank wrote under this name; None if there is none."""
+        """Return the text under this name; None if there is none."""
         with suppress(dist.DistError):
             return self._store.get(name).decode() if self._store.check([name]) else None
         return None
 
 
 def refuse_pickles() -> None:
-    """Make torch's object collectives raise in this process, even if torch or DeepSpeed calls them."""
+    """Make torch's object collectives raise in this process, also in torch and DeepSpeed."""
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
         assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name}"
         setattr(distributed_c10d, name, _refuse)
@@ -114,7 +105,7 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 def _encode(value: Any) -> Tensor:
-    """Return the JSON text of a value as uint8 on the CPU. Every group of Sluice can send CPU tensors."""
+    """Return a value's JSON text as uint8 on the CPU, which every group can send."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 

@@ -1,14 +1,12 @@
 """The pipeline, stage, context, expert and expert-data groups of a layout, as plain arithmetic.
 
-The pipeline stage is the outermost index of a rank. The ranks of a stage hold the same layers. Each rank of a stage has
-one pair of indices for its data, and one pair for its experts:
+The ranks of a stage hold the same layers. Each has one pair of indices for its data, and one for its experts:
 
     rank = pp_rank * stage_ranks + stage_rank,   stage_ranks = dp * cp
     stage_rank = dp_rank * cp + cp_rank = edp_rank * ep + ep_rank
 
-So context groups and expert-parallel groups are consecutive ranks, which should be on one node. Pipeline neighbours
-have the same index in neighbouring stages. For experts and ZeRO, a rank that shares sequences counts like a rank with
-its own sequences.
+So context groups and expert-parallel groups are consecutive ranks, which should be on one node. Experts and ZeRO treat
+ranks that share sequences like other ranks.
 """
 
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ class Layout(RankCounts):
 
     @property
     def edp(self) -> int:
-        """Number of copies of every expert. It is the number of ranks of a stage that hold the same experts."""
+        """Number of copies of every expert."""
         return self.stage_ranks // self.ep
 
     def pp_rank(self, rank: int) -> int:
@@ -76,7 +74,7 @@ class Layout(RankCounts):
 
     @property
     def ep_ranks_per_node(self) -> int:
-        """Number of ranks of one expert group on a node, equal for all nodes and groups."""
+        """Ranks of one expert group on a node, equal for all nodes and groups."""
         inside = min(self.ep, self.ranks_per_node)
         if self.ep % inside or self.ranks_per_node % inside:
             raise UserError(
@@ -88,21 +86,21 @@ class Layout(RankCounts):
         return inside
 
     def ends_groups(self) -> list[list[int]]:
-        """Return the first and the last rank of each pipeline. Both hold the embedding if the model has MTP modules."""
+        """Return the first and last rank of each pipeline, which share the embedding of MTP modules."""
         return [[group[0], group[-1]] if self.pp > 1 else group for group in self.pp_groups()]
 
     def intra_groups(self) -> list[list[int]]:
-        """Return one group per expert group and node: the ranks of this expert group on this node."""
+        """Return, per expert group and node, this group's ranks on this node."""
         size = self.ep_ranks_per_node
         return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
 
     def inter_groups(self) -> list[list[int]]:
-        """Return one group per expert group and index on a node: the ranks with this index, one on each node."""
+        """Return, per expert group and index on a node, the ranks with this index."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 
 
 def read_layout(config: Config, node: int) -> Layout:
-    """Return the layout of a recipe. node: ranks per node if cluster.ranks_per_node is not set."""
+    """Return the layout of a recipe. node: ranks per node, by default."""
     parallel = config.parallel
     return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node, parallel.cp)

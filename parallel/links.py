@@ -1,8 +1,7 @@
 """Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
-Each rank exchanges data with one rank at a time: its neighbours on the node, then the ranks with its index on
-neighbouring nodes. All links of a kind run at once, as in a step. Received bytes are checked. Then the run's groups run
-an all-reduce and an all-to-all. If a transfer does not end within LINK_PATIENCE, an error names both ends.
+Each rank exchanges data with its neighbours on the node, then with ranks of its index on neighbouring nodes, one at a
+time. All links of a kind run at once, as in a step. Then the run's groups run an all-reduce and an all-to-all.
 """
 
 import socket
@@ -23,13 +22,13 @@ from parallel.mesh import Mesh
 TRIED_BYTES = 64 << 20
 """Bytes of a message, enough for a GPU's link to reach its full rate."""
 LINK_ROUNDS = 5
-"""Number of timed exchanges for each link or group. One untimed exchange before them opens the connection."""
+"""Timed exchanges per link or group, after an untimed one."""
 LINK_PATIENCE = 60.0
 """Maximum seconds of an exchange, including the opening of a connection."""
 SLOW_LINK = 0.5
-"""A link is slow below this fraction of the expected rate, or of the median of all links of its kind."""
+"""A link is slow below this fraction of the expected rate, or of the median of its kind."""
 NAMED_LINKS = 5
-"""Maximum number of slow links that are named. Other slow links are only counted."""
+"""Maximum number of slow links that are named, not only counted."""
 
 Pair = tuple[int, int]
 
@@ -39,19 +38,16 @@ class LinkRate:
     """Measured rate of one link or one group."""
 
     kind: str
-    """Kind of link or group: inside (two ranks of a node), across (two ranks of different nodes), all-reduce,
-    all-to-all.
-    """
+    """Kind of link or group: inside (a node), across (nodes), all-reduce, all-to-all."""
     ranks: tuple[int, ...]
     bytes_per_second: float
     """Rate of each rank in one direction."""
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
-    """Yield the rounds of the test: a kind of link (inside or across), and pairs of ranks to test at once. A rank has
-    at most one partner per round.
+    """Yield the rounds of the test: the kind of link and disjoint pairs of ranks.
 
-    world: number of ranks. local: ranks per node, which are consecutive.
+    world: number of ranks. local: consecutive ranks per node.
     """
     nodes = world // local
     for matching in _matchings(local):
@@ -78,15 +74,14 @@ def try_links(
 ) -> tuple[list[str], list[LinkRate]]:
     """Measure all links. Returns the names of all ranks (host and device) and the rates of links and groups.
 
-    Collective over all ranks. local: ranks per node. Raises RuntimeError for a link that delivers no data or wrong
-    data.
+    Collective over all ranks. local: ranks per node. Raises RuntimeError if a link delivers no data or wrong data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])
     names, sizes = ([one[part] for one in everyone] for part in range(2))
     local = (
         local if len(set(sizes)) == 1 and world % local == 0 else 1
-    )  # if nodes have different numbers of ranks, every link counts as a link between nodes
+    )  # with different numbers of ranks per node, every link counts as across
     sent = torch.full((size,), rank & 0xFF, dtype=torch.uint8, device=device)
     came, found = torch.empty_like(sent), []
 
@@ -102,7 +97,7 @@ def try_links(
             if is_other(came, other & 0xFF):
                 raise RuntimeError(f"a corrupt link: {names[rank]} receives other bytes than {names[other]} sends")
             found += [LinkRate(kind, mine, rate)] * (rank == mine[0])
-        # Ranks without a partner wait here, so that the next round does not use the links at the same time.
+        # Ranks without a partner wait here, so that two rounds never share a link.
         gather(None)
     hops = [mesh.intra_group, mesh.inter_group] if facts.by_nodes else [] if facts.needs_gpu else [mesh.ep_group]
     for kind, group in (("all-reduce", mesh.stage_group), *(("all-to-all", hop) for hop in hops)):
@@ -131,7 +126,7 @@ def is_other(came: Tensor, expected: int) -> bool:
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:
-    """Return notes for the user: measured rates compared with the hardware file, and both ends of every slow link."""
+    """Return notes for the user: rates compared with the hardware file, and the ends of slow links."""
     said, slow = [], []
     for kind in dict.fromkeys(one.kind for one in found):
         rates = sorted(one.bytes_per_second for one in found if one.kind == kind)
@@ -150,9 +145,7 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """Return the seconds of the fastest of LINK_ROUNDS runs of `exchange`, after an untimed run. `exchange` must wait
-    until its transfers are complete.
-    """
+    """Return the seconds of the fastest of LINK_ROUNDS runs. `exchange` must wait for its transfers."""
     exchange()
     best = float("inf")
     for _ in range(LINK_ROUNDS):
@@ -163,7 +156,7 @@ def _seconds(exchange: Callable[[], None]) -> float:
 
 
 def _wait(works: list[dist.Work], device: torch.device, patience: float, who: str) -> None:
-    """Wait on the host for all works, at most `patience` seconds. NCCL's own wait blocks only the device."""
+    """Wait on the host, at most `patience` seconds. NCCL's own wait blocks only the device."""
     deadline = time.monotonic() + patience
     try:
         if device.type == "cpu":

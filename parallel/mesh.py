@@ -1,12 +1,12 @@
 """The process groups of every rank; parallel/layout.py lists their members.
 
 On GPUs, a communicator takes hundreds of megabytes on each rank. So one group serves all purposes with the same
-members, and a communicator is created at its group's first collective. Groups of one rank and unused groups get none.
+members, and a communicator is created at its group's first collective.
 
-The exception is the group for a pipeline's sends and receives, which has no collectives. If its communicator is created
-with the group, torch runs all transfers of a rank in sequence, and a concurrent broadcast can hang. Otherwise torch
-opens one communicator per pair of neighbours, so transfers to both neighbours overlap. torch before 2.13 batches
-several transfers (pytorch issue 175225), so they do not overlap.
+The exception is the separate group for a pipeline's sends and receives. If its communicator is created with the group,
+torch runs all transfers of a rank in sequence, and a concurrent broadcast can hang. Otherwise torch opens one
+communicator per pair of neighbours, so transfers to both neighbours overlap (not before torch 2.13; pytorch issue
+175225).
 """
 
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""Division of the ranks into groups, as a tuple, so that divisions can be compared."""
+"""Division of the ranks into groups, comparable as a tuple."""
 
 
 def partition(groups: list[list[int]]) -> Partition:
@@ -33,7 +33,7 @@ class Mesh:
     layout: Layout
     rank: int
     pp_group: ProcessGroup
-    """Ranks of this rank's pipeline, only for sends and receives between stages."""
+    """Ranks of this rank's pipeline, only for sends and receives."""
     stages_group: ProcessGroup
     """Ranks of this rank's pipeline, for collectives."""
     stage_group: ProcessGroup
@@ -45,12 +45,12 @@ class Mesh:
     intra_group: ProcessGroup
     """Ranks of this rank's expert group on this rank's node."""
     ends_group: ProcessGroup | None
-    """First and last rank of this rank's pipeline; None on ranks between them."""
+    """First and last rank of this pipeline; None on ranks between them."""
     inter_group: ProcessGroup
-    """Ranks of this rank's expert group with the same index on their nodes."""
+    """Ranks of this expert group with this rank's index on their nodes."""
 
     def wait_at_most(self, seconds: float) -> None:
-        """Set the timeout of later collectives in all groups of this rank."""
+        """Set the timeout of later collectives in this rank's groups."""
         groups = {group for field in fields(self) if isinstance(group := getattr(self, field.name), ProcessGroup)}
         for group in {_all_ranks(), *groups}:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
@@ -88,16 +88,16 @@ def _all_ranks() -> ProcessGroup:
 def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
-    Call this after the default group has created its communicator. Otherwise torch splits this communicator for each
-    new group, even for a group without this rank: some 1800 splits for 2048 ranks.
+    Call this once the default group has its communicator. Otherwise torch splits it for each new group: some 1800
+    splits for 2048 ranks.
     """
     _all_ranks().bound_device_id = None
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
-    """Create the groups of this rank in the default process group. Every rank must call this function.
+    """Create the groups of this rank. Every rank must call this function.
 
-    timeout: maximum wait of a collective. New groups do not inherit the timeout of the default group.
+    timeout: maximum wait of a collective; the default group's is not inherited.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

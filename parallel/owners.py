@@ -3,14 +3,12 @@
 ZeRO may cut a weight at any element, but some updates need complete matrices. So every rank sends its elements of a
 matrix to the owner. The owner computes the update and returns each rank's elements.
 
-The most expensive matrix gets its owner first. The owner is the rank that holds most of the matrix or, if this rank
-has enough work, the rank with the least work. A matrix whose owner holds all of it is not sent.
+The most expensive matrix gets its owner first: the rank that holds most of it or, if this rank has enough work, the
+rank with the least work. Every rank computes the same owners.
 
-Matrices are sent in packs, so that memory stays bounded:
+Matrices are sent in packs, which bounds memory:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
-
-Every rank computes the same owners and packs from the shapes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +23,13 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""Limit for the cost of a rank, as a multiple of the mean cost. Above it, a rank does not own the matrices of which it
-holds most.
+"""A rank owns the matrices that it mostly holds, while its cost is at most KEEPS * max(mean cost of a rank, largest
+cost of a matrix).
 """
 
 
 class SharedMatrix(NamedTuple):
-    """A matrix in a weight of `width` columns. Every rank holds an interval of the weight's elements."""
+    """A matrix in a weight of `width` columns, of which every rank holds an interval of elements."""
 
     weight: int
     """Position of the weight among the weights of its flat shard."""
@@ -42,7 +40,7 @@ class SharedMatrix(NamedTuple):
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return a rank's part of the matrix as at most three rectangles: part of a row, complete rows, part of a row."""
+        """Return a rank's part as at most three rectangles."""
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -54,7 +52,7 @@ class SharedMatrix(NamedTuple):
 
 
 def choose_owners(matrices: Sequence[SharedMatrix], ranks: int) -> list[int]:
-    """Return the owner of each matrix; see the top of the file."""
+    """Return each matrix's owner; see the top of the file."""
     mean = sum(matrix.cost for matrix in matrices) / ranks
     most = KEEPS * max([mean, *(matrix.cost for matrix in matrices)])
     loads, owners = [0.0] * ranks, [0] * len(matrices)
@@ -81,8 +79,7 @@ class MatrixPack:
 class MatrixOwners:
     """The matrices of one flat shard and their owners.
 
-    group: the ranks that share the flat shard; None if this rank holds it alone. elements: maximum elements per owner
-    in a pack.
+    group: ranks that share the flat shard; None for this rank alone. elements: maximum per owner in a pack.
     """
 
     def __init__(
@@ -105,10 +102,9 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-        read: function from a weight's index and a rectangle to a view of this rank's part
-        compute: function from the indices of matrices and the matrices to results of the same shapes
-        write: function that stores a result. It takes the indices of a matrix and of its weight, a rectangle of this
-            rank's part, and the result for this rectangle
+        read: returns a view of this rank's part, from a weight's index and a rectangle
+        compute: returns results of the same shapes, from the indices of matrices and the matrices
+        write: stores a result, given the indices of a matrix and its weight, a rectangle, and its values
         like: tensor with the dtype and device of all sent elements
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
@@ -130,9 +126,7 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the indices of the matrices in each pack, with matrices of equal shape together where possible. most:
-        maximum elements per owner in a pack.
-        """
+        """Yield the indices of each pack's matrices, equal shapes together if possible. most: elements per owner."""
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [
             sorted((n for n, owner in enumerate(self.owners) if owner == rank), key=lambda n: (shapes[n], n))
@@ -159,10 +153,7 @@ class MatrixOwners:
         return MatrixPack(numbers, sent, received)
 
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
-        """Start to send the matrices of a pack to their owners.
-
-        Returns a function that waits for this rank's matrices and returns them by index.
-        """
+        """Start to send a pack's matrices to their owners. The result waits for them and returns them by index."""
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
             for owner in range(self._ranks)
@@ -196,10 +187,7 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send a pack's results from the owners to the ranks that hold the elements.
-
-        Returns a function that waits for this rank's results and writes them.
-        """
+        """Start to send a pack's results to the ranks that hold the elements. The result waits and writes them."""
         for number, result in done.items():
             matrix = self._matrices[number]
             for piece in matrix.pieces(self._rank):
@@ -225,7 +213,7 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """Yield the parts that `rank` sends to `owner` in a pack, in message order: the matrix's index and a rectangle."""
+        """Yield the parts that `rank` sends to `owner`: the matrix's index and a rectangle."""
         if owner != rank:
             for number in pack.numbers:
                 if self.owners[number] == owner:
@@ -249,7 +237,7 @@ class MatrixOwners:
 
 
 def _at(whole: Tensor, matrix: SharedMatrix, piece: WeightPiece) -> Tensor:
-    """Return a view of some elements of a matrix. piece: these elements, as a rectangle of the weight."""
+    """Return a view of some elements of a matrix. piece: a rectangle of the weight."""
     first, left = matrix.place.rows.start, matrix.place.columns.start
     return whole[
         piece.rows.start - first : piece.rows.stop - first, piece.columns.start - left : piece.columns.stop - left

@@ -2,11 +2,10 @@
 
 A logical tensor is a tensor of the model as on a single rank. These classes describe parts of a weight:
 
-    Shard        an interval of a logical tensor; checkpoints and exports consist of shards
+    Shard        an interval of a logical tensor, in checkpoints and exports
     Fragment     elements of a rank's own parameter that the rank updates, with master and state
     ShardSlice   position of such elements in the rank's flat shard
-    FlatShard    all weights of one flat parameter, for updates of whole matrices. Each `FlatWeight` says which rank
-                 holds which elements of its weight
+    FlatShard    all weights of one flat parameter, and which rank holds which elements
     WeightPiece  rows and columns of one weight
 """
 
@@ -23,12 +22,10 @@ from conf.optimizers import UpdateRule
 
 @dataclass
 class Shard:
-    """Elements [offset, offset + local.numel()) of the flattened logical tensor with shape `shape`."""
+    """Elements [offset, offset + local.numel()) of the flattened logical tensor."""
 
     local: Tensor
-    """The elements, 1-D and contiguous. They share memory with the live state, so loading a checkpoint fills the state
-    in place.
-    """
+    """The elements, 1-D and contiguous, in the live state's memory."""
     offset: int
     """Index of the shard's first element in the flattened logical tensor."""
     shape: tuple[int, ...]
@@ -41,7 +38,7 @@ class Shard:
 
 @dataclass
 class Fragment:
-    """The elements [offset, offset + master.numel()) of this rank's flattened parameter, which this rank updates.
+    """Elements [offset, offset + master.numel()) of this rank's flattened parameter, which this rank updates.
 
     For experts, offset 0 is the first element of the rank's first expert.
     """
@@ -49,15 +46,13 @@ class Fragment:
     param: nn.Parameter
     offset: int
     master: Tensor
-    """Master values of these elements, fp32 and 1-D. These values, like the tensors of `state`, share memory
-    with the live state.
-    """
+    """Master values, fp32 and 1-D. Like `state`, they share memory with the live state."""
     state: dict[str, Tensor]
-    """The optimizer's state of these elements, by the update rule's state names (conf/optimizers.py)."""
+    """The optimizer's state by name (conf/optimizers.py)."""
 
 
 class Sharing(NamedTuple):
-    """Number of ranks that hold the same weights, and this rank's index among them."""
+    """Number of ranks with the same weights, and this rank's index."""
 
     ranks: int
     rank: int
@@ -75,9 +70,7 @@ class WeightPiece(NamedTuple):
 
 
 def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
-    """Split an interval of a flattened weight of `width` columns into at most three rectangles: part of a row, complete
-    rows, part of a row.
-    """
+    """Split an interval of a flattened weight into rectangles: part of a row, complete rows, part of a row."""
     if not elements:
         return []
     (first, start), (last, stop) = divmod(elements.start, width), divmod(elements.stop, width)
@@ -93,21 +86,20 @@ def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
 
 @dataclass
 class FlatWeight:
-    """A parameter and its position in the flat shards of the ranks that share it."""
+    """A parameter, and its position in the flat shards of all ranks that share it."""
 
     param: nn.Parameter
     shape: tuple[int, ...]
     """Shape of the complete parameter; for experts, of this rank's experts."""
     held: list[range]
-    """For each rank that shares the parameter: the elements of the flattened parameter in the rank's shard."""
+    """For each sharing rank: the interval of the flattened parameter in its shard."""
     place: int
-    """Offset of the parameter's first element in this rank's shard; negative if an earlier rank holds this element."""
+    """Offset of the parameter's first element in this rank's shard; negative if an earlier rank holds it."""
 
     def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
         """Return a view of some rows and columns of the parameter.
 
-        flat: this rank's shard, which must hold these elements. With `place`, any tensor that has the
-        parameter's first element at index `place`.
+        flat: this rank's shard with these elements. place: index in another `flat` of the parameter's first element.
         """
         width = self.shape[-1]
         first = (self.place if place is None else place) + rows.start * width + columns.start
@@ -116,7 +108,7 @@ class FlatWeight:
 
 @dataclass
 class FlatShard:
-    """The weights of a flat parameter, for updates of whole rows or matrices."""
+    """The weights of a flat parameter, for row or matrix updates."""
 
     rule: UpdateRule
     weights: list[FlatWeight]
@@ -127,7 +119,7 @@ class FlatShard:
     """Global names of the weights."""
 
     def scale_rows(self, flat: Tensor, factors: Mapping[str, Tensor]) -> None:
-        """Multiply rows of weights in place. factors: one factor per row, by weight name. flat: this rank's shard."""
+        """Multiply rows of weights in place. factors: one per row, by weight name. flat: this rank's shard."""
         for name, weight in zip(self.names, self.weights, strict=True):
             if name in factors:
                 factor_R1 = factors[name].to(flat).unsqueeze(1)
@@ -147,25 +139,23 @@ class ShardSlice(NamedTuple):
 
 @dataclass
 class GradientHandover:
-    """Data that ZeRO passes to the optimizer for the next update, besides the flat parameters' `.grad`."""
+    """Data from ZeRO for the optimizer's next update, besides the flat parameters' `.grad`."""
 
     shards: dict[Tensor, FlatShard] = field(default_factory=dict)
     """For each flat parameter: the weights that it consists of."""
     factor: Tensor | None = None
-    """Factor by which the update multiplies all gradients, for clipping: a scalar on the host; None means 1."""
+    """Factor of all gradients, for clipping: a scalar on the host; None means 1."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
-    """Gradients of flat parameters that no other rank shares, each as a list of the original buffers: 1-D, fp32, in
-    order, without the padding at the end. The `.grad` of such a flat parameter is a placeholder.
+    """Gradients of flat parameters that no other rank shares: the original buffers, 1-D, fp32, without padding. Their
+    `.grad` is a placeholder.
     """
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """By weight name: one factor per row, applied after the update."""
     divisor: int = 1
-    """Number of ranks over whose data the gradients in `unreduced` are summed. To get the mean, divide by it."""
+    """Number of ranks whose gradients are summed in `unreduced`, for the mean."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
-        """Return the gradient of a flat parameter as a list of parts, and the factor that the caller must apply (None:
-        no factor).
-        """
+        """Return a flat parameter's gradient as parts, and the factor that the caller must apply (None: none)."""
         if param not in self.unreduced:
             return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:
@@ -185,24 +175,21 @@ def whole(tensor: Tensor) -> Shard:
 
 
 class ShardedOptimizer(Protocol):
-    """The optimizer interface for parallel/zero: it updates the flat fp32 parameters of ZeRO.
+    """The optimizer interface for parallel/zero, which updates the flat fp32 parameters of ZeRO.
 
-    Implementations are torch.optim.Optimizer objects. Each parameter group has an update rule, `rule`
-    (conf/optimizers.py).
+    Implementations are torch.optim.Optimizer objects. Each parameter group has an update rule, `rule`.
     """
 
     param_groups: list[dict[str, Any]]
     handover: GradientHandover
     updates: int
-    """Number of updates before this step. The code that created the optimizer adds 1 per step."""
+    """Number of updates before this step. The optimizer's creator adds 1 per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Return the state tensors of a flat parameter by name, created at the first call. They have the parameter's
-        shape.
-        """
+        """Return a flat parameter's state tensors by name, created at the first call."""
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return each tensor's sum of squares, fp64 (len(pieces),). The tensors of `pieces` are flat and fp32."""
+        """Return each flat fp32 tensor's sum of squares, fp64 (len(pieces),)."""
 
     def step(self, closure: None = None) -> None:
         """Update the parameters of every group that has gradients."""

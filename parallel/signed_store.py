@@ -1,9 +1,8 @@
 """A store through which ranks of several nodes find each other, safe in a network with untrusted hosts.
 
-The ranks of torch's process groups exchange addresses, and the id for NCCL's connections, through a key-value store.
-torch's TCPStore has no authentication. Sluice makes TCPStore's socket listen only on the node's own address. It
-encrypts every value, and signs the value together with its key. The secret for both is known only to the attempt's
-ranks.
+torch's ranks exchange addresses, and the id for NCCL's connections, through a TCPStore, which has no authentication.
+Sluice makes TCPStore's socket listen only on the node's own address. It encrypts every value, and signs it together
+with its key. Only the attempt's ranks know the secret.
 
 An attacker who finds the port cannot read or insert an address, but can make the attempt fail. Counters and the
 existence of keys are not signed.
@@ -18,10 +17,10 @@ from datetime import timedelta
 import torch.distributed as dist
 
 NONCE, SIGNATURE = 16, 32
-"""Bytes of the nonce before every value, and of the signature after it."""
+"""Bytes of the nonce before a value, and the signature after it."""
 
 _clones: list["SealedStore"] = []
-"""Cloned stores, kept alive: C++ can call a Python store only while Python holds a reference to it."""
+"""Cloned stores, kept alive: C++ does not hold a reference to a Python store."""
 
 
 class SealedStore(dist.Store):
@@ -42,9 +41,7 @@ class SealedStore(dist.Store):
         self._store.set(key, sealed)  # pyrefly: ignore[bad-argument-type]  it takes bytes, too
 
     def get(self, key: str) -> bytes:
-        """Return the value of a key. Raises PermissionError if the value was not written under this key with the
-        secret.
-        """
+        """Return a value. Raises PermissionError if its signature is wrong."""
         sealed = self._store.get(key)
         nonce, signature = sealed[:NONCE], sealed[-SIGNATURE:]
         text = self._cipher(nonce, sealed[NONCE:-SIGNATURE])
@@ -59,9 +56,7 @@ class SealedStore(dist.Store):
         return hmac.digest(self._secret, b"".join((len(name).to_bytes(8), name, nonce, text)), "sha256")
 
     def _cipher(self, nonce: bytes, text: bytes) -> bytes:
-        """Encrypt or decrypt a text by XOR with a stream from the secret and the nonce. Python's standard library has
-        no cipher.
-        """
+        """Encrypt or decrypt by XOR with a stream from the secret and the nonce."""
         stream = hashlib.shake_256(b"stream" + self._secret + nonce).digest(len(text))
         return (int.from_bytes(text) ^ int.from_bytes(stream)).to_bytes(len(text))
 
@@ -81,9 +76,7 @@ class SealedStore(dist.Store):
 
 
 def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout: timedelta) -> SealedStore:
-    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if rank 0 cannot listen
-    there.
-    """
+    """Open the store of all ranks. Rank 0 serves it on `address`, or raises OSError if it cannot listen there."""
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

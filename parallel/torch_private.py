@@ -1,6 +1,6 @@
 """Lists every undocumented name of torch that Sluice uses. Read this file before an upgrade of torch.
 
-tests/test_torch_private.py compares the list with the code and with the installed torch. For DeepSpeed, see
+tests/test_torch_private.py compares the list with the code and the installed torch. For DeepSpeed, see
 parallel/zero/private_names.py.
 """
 
@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 
 class BorrowedName(NamedTuple):
-    """An undocumented name that Sluice uses. owner: full path of its module or class."""
+    """An undocumented name that Sluice uses. owner: its module or class."""
 
     owner: str
     name: str
     why: str
     since: str = ""
-    """First torch version with the name; empty if all supported versions have it. Without the name, Sluice works too.
-    """
+    """First torch version with the name; empty for all. Sluice works without it."""
 
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"

@@ -1,8 +1,7 @@
-"""Types of Triton's kernels for a type checker, and a launch that takes less host time. The module needs triton.
+"""Types of Triton's kernels for a type checker, and a launch that takes less host time.
 
 Triton recognises compile-time parameters by the text of the annotation, `constexpr`. With Triton's own class, a type
-checker would reject plain numbers in a launch. So this module defines another `constexpr`. A kernel's signature does
-not contain the options of a launch.
+checker would reject plain numbers in a launch. So this module defines another `constexpr`.
 """
 
 from collections.abc import Callable
@@ -19,9 +18,7 @@ Parameters = ParamSpec("Parameters")
 _Launched = TypeVar("_Launched")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 COMPILED: list[str] = []
-"""Kernels that this process has compiled or read from Triton's cache, with their specialisation. A new kernel during a
-run has delayed a step.
-"""
+"""Kernels that this process compiled or read from Triton's cache."""
 
 
 def _note_compiled(*, repr: str, **_: Any) -> None:
@@ -41,9 +38,8 @@ class QuickKernel:
         number: its type, whether 16 divides it, and whether it is 1. In `do_not_specialize`: only its type
         constants and options: their values
 
-    This class computes a key from these properties faster than Triton, and reuses Triton's kernel of the first launch
-    with this key. Launches with unaligned tensors or with hooks go through Triton. Parameters must be in this order:
-    tensors (names end in _ptr), numbers, constants.
+    This class computes a key from these properties, and reuses the kernel of the key's first launch. Parameters must be
+    in this order: tensors (names end in _ptr), numbers, constants.
     """
 
     def __init__(self, kernel: JITFunction):
@@ -76,28 +72,26 @@ class QuickKernel:
 
 
 def quick(kernel: _Launched) -> _Launched:
-    """Return a `QuickKernel` if Triton compiles for a GPU whose specialisation rules this file knows, else the kernel."""
+    """Return a `QuickKernel` if this file knows the GPU's specialisation rules, else the kernel."""
     known = isinstance(kernel, JITFunction) and torch.version.hip is None
     return cast("_Launched", QuickKernel(kernel)) if known else kernel
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set. A hook is a chain of functions, one function, or None."""
+    """Whether a hook is set: a function, a chain, or None."""
     return bool(getattr(hook, "calls", hook))
 
 
 @lru_cache(1 << 14, typed=True)
 def _kind_of(number: float) -> tuple:
-    """Return the properties of a number that Triton specialises a kernel for."""
+    """Return the properties of a number for which Triton specialises."""
     if not isinstance(number, int):
         return (type(number),)
     return type(number), number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
 def _width_of(number: int) -> bool:
-    """Return whether an integer in `do_not_specialize` fits into 32 bits, the only property that Triton specialises
-    for.
-    """
+    """Return whether an integer in `do_not_specialize` fits into 32 bits."""
     return number < 2**31
 
 
@@ -107,5 +101,5 @@ def with_options(launch: Callable[Parameters, None], **options: int) -> Callable
 
 
 def power_of_2_from(count: int) -> int:
-    """Return the smallest power of 2 that is at least `count` (and at least 1). This is faster than Triton's function."""
+    """Return the smallest power of 2 that is at least `count` and at least 1, fast."""
     return 1 << (count - 1).bit_length()

@@ -8,7 +8,7 @@ class Update:
     """Result of one optimizer step."""
 
     grad_norm: float
-    """Global gradient norm before clipping; not finite if the step was skipped."""
+    """Global gradient norm before clipping; not finite after a skipped step."""
     applied: bool
     bad_parameters: list[str]
-    """Parameters in this rank's shard whose gradients are not finite, by name."""
+    """Parameters in this rank's shard with non-finite gradients, by name."""

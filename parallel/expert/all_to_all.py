@@ -2,9 +2,9 @@
 
 Every (token, expert) pair is one message: an encoded row and a gate.
 
-    1. Sort the pairs by expert. Experts are numbered rank by rank, so this also sorts by rank.
-    2. Exchange the number of pairs per expert. Copy the split sizes to the host; this is the only such copy.
-    3. Exchange the messages. The counts tell the expert of each message.
+    1. Sort the pairs by expert, and so by rank.
+    2. Exchange the number of pairs per expert, and copy the split sizes to the host.
+    3. Exchange the messages.
     4. Sort the received messages by expert.
 
 Shapes besides those of dispatcher.py: P ranks, E experts in all, L experts per rank.
@@ -21,7 +21,7 @@ from parallel.expert.wire import Wire
 
 
 class AllToAllDispatcher(ChainDispatcher):
-    """Dispatcher for experts over the ranks of one group; rank r holds experts [r*E/P, (r+1)*E/P).
+    """Dispatcher over the ranks of one group; rank r holds experts [r*E/P, (r+1)*E/P).
 
     group: None if this rank holds all experts. experts: E. ranks_per_node: for the traffic counters.
     """
@@ -50,8 +50,7 @@ class AllToAllDispatcher(ChainDispatcher):
         gates_CX = gates_TK.reshape(-1, 1).view(torch.int32)
         message_CX = words_TW.new_empty(pairs.source_C.numel(), width + gates_CX.shape[1])
         torch.index_select(words_TW, 0, pairs.source_C, out=message_CX[:, :width])
-        # copy_C maps each (token, entry) to the position of its copy. So a gate that is written at this position is
-        # next to its copy, and the gates are then sorted like the copies.
+        # copy_C is the position of each (token, entry) among the copies, so gates written there are sorted like them.
         message_CX[:, width:].index_copy_(0, pairs.copy_C, gates_CX)
         return message_CX
 

@@ -1,6 +1,6 @@
 """The table of dispatchers: their classes, and the classes for a rank that runs alone.
 
-conf/dispatches.py lists what a dispatch requires of a layout.
+conf/dispatches.py lists the layouts that a dispatch requires.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
 @dataclass(frozen=True)
 class ExpertPlaces:
-    """Location of a layer's experts, and wire format of rows; see `build_dispatcher`."""
+    """Location of a layer's experts, and wire format; see `build_dispatcher`."""
 
     experts: int
     wire: Wire
@@ -38,8 +38,8 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: function that creates the dispatcher of a run. stand_in: function that creates the dispatcher of a rank
-    that runs alone, from group, wire and load (stand_in.py).
+    """build: creates the dispatcher of a run. stand_in: creates it for a rank that runs alone, from group, wire and
+    load.
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -56,9 +56,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire with this name: bf16 or fp8. The bf16 wire sends the activation dtype, even if that is not bf16.
+    """Return the wire with this name: bf16 (the activation dtype, even fp32) or fp8.
 
-    quantized: whether experts compute with the received FP8 rows, so the wire need not decode them.
+    quantized: whether experts compute with FP8 rows as received.
     """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 
@@ -76,17 +76,15 @@ def build_dispatcher(
     groups: int = 1,
     width: int = 0,
 ) -> ExchangeDispatcher:
-    """Build a dispatcher. It keeps no state between uses, so all layers of a rank may share it.
+    """Build a dispatcher. It has no state between uses, and all layers of a rank may share it.
 
         name: value of parallel.dispatch
-        experts: number of routed experts of a layer
         wire, quantized: see `build_wire`
         ep_group: the expert-parallel group; None if it is only this rank
-        inter_group: the ranks of ep_group that have the same index on their node as this rank, one per node
-        intra_group: the ranks of ep_group on this node; None if it is only this rank
-        ranks_per_node: number of consecutive ranks of ep_group on one node
-        groups: number of expert groups of the router
-        width: hidden width
+        inter_group: ranks of ep_group with this rank's index on their node
+        intra_group: ranks of ep_group on this node; None if it is only this rank
+        ranks_per_node: consecutive ranks of ep_group on one node
+        groups: expert groups of the router
 
     Raises UserError if these numbers do not fit together.
     """
@@ -96,5 +94,5 @@ def build_dispatcher(
 
 
 def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> ExchangeDispatcher:
-    """Build the dispatcher with this name for a rank that runs alone."""
+    """Build this dispatcher for a rank that runs alone."""
     return DISPATCHERS[name].stand_in(group, wire, load)

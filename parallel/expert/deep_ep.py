@@ -1,11 +1,10 @@
 """Uses DeepEP's kernels through the dispatcher interface, for GPUs with NVLink and RDMA.
 
-This code follows the documentation of `deep_ep.Buffer`. It has never run with the package, because suitable GPUs were
-not available. Tests use a class that returns what the documentation promises.
+This code follows the documentation of `deep_ep.Buffer`; it has never run with the package.
 
-DeepEP sends a token once to every rank that holds one of its experts, through one rank per node. It returns the ids of
-a received token's experts on this rank (-1 for experts elsewhere) and its gates. This file makes one row for each of
-these experts, sorted by expert. Combine first sums the rows of each token.
+DeepEP sends a token once to every rank that holds one of its experts. It returns a received token's gates, and the ids
+of its experts on this rank (-1 for others). This file makes one row for each of these experts, sorted by expert.
+Combine first sums the rows of each token.
 
 Shapes: T tokens, D channels, K experts per token, M received tokens, R rows, E experts of this rank.
 """
@@ -25,18 +24,16 @@ from parallel.expert.wire import Fp8Wire, Wire
 
 @dataclass
 class _Plan(DispatchPlan):
-    """The routes of one dispatch. DeepEP stores its own routes in a handle; `fans` maps received tokens to rows."""
+    """The routes of one dispatch, besides those in DeepEP's handle. `fans` maps received tokens to rows."""
 
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""
     gates_MK: Tensor | None = None
-    """Gates of the received tokens. A repeated dispatch does not send the gates again."""
+    """Gates of the received tokens, which a repeated dispatch reuses."""
 
 
 class _Landing:
-    """A DeepEP operation in progress. The object keeps the input buffers alive until the compute stream waits for the
-    operation.
-    """
+    """A DeepEP operation in progress, which keeps its input buffers alive."""
 
     def __init__(self, brought: Any, rows: Tensor, *held: Any):
         self._brought, self._held = brought, held
@@ -53,11 +50,9 @@ class _Landing:
 class DeepEPDispatcher(ExchangeDispatcher):
     """DeepEP dispatcher for experts over the ranks of one group, for bf16 activations. It counts no traffic.
 
-    group: NCCL group. experts: number of experts in all. width: hidden width D, a multiple of 128, for DeepEP's
-    buffers.
+    group: NCCL group. experts: number of experts in all. width: hidden width D, a multiple of 128.
 
-    DeepEP is called on another stream than compute, so its work overlaps with compute until `wait`. In the first
-    dispatch of a batch of tokens, the host waits, because DeepEP needs counts to allocate its output.
+    In the first dispatch of a batch of tokens, the host waits for the size of DeepEP's output.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
@@ -93,7 +88,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
             return _Landing(received, rows_TD, sent)
 
     def _first_out(self, plan: _Plan, sent: Any, gates_TK: Tensor) -> Any:
-        """Run the dispatch of tokens with unknown routes. Return DeepEP's output, and record the routes in the plan."""
+        """Dispatch tokens with unknown routes. Return DeepEP's output, and record the routes in the plan."""
         ids_TK = plan.ids_TK.to(self._deep_ep.topk_idx_t)
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.experts)
         received, ids_MK, plan.gates_MK, counts, plan.handle, _ = self.buffer.dispatch(
@@ -108,7 +103,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
         plan.rows = sum(counts)
         fan, plan.entry_of_row = fan_out_with_entries(ids_MK, ExpertTargets(0, 1, self.local), plan.rows)
         plan.fans.append(fan)
-        # The tensor is in pinned memory, because a copy from pageable memory would make the host wait.
+        # Pinned memory: a copy from pageable memory would make the host wait.
         plan.counts_E = torch.tensor(counts, pin_memory=ids_MK.is_cuda).to(ids_MK.device, non_blocking=True)
         return received
 
@@ -143,7 +138,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
         return q_TD.contiguous(), scale_TS
 
     def _decode(self, received: Any, *, gradient: bool) -> Tensor:
-        """Return bf16 rows. received: DeepEP's output, bf16 rows or FP8 rows with scales."""
+        """Return bf16 rows. received: bf16 rows, or FP8 rows with scales."""
         if not isinstance(received, tuple):
             return received
         assert isinstance(self.wire, Fp8Wire)

@@ -3,24 +3,20 @@
 A dispatcher sends each token to the ranks of its experts (dispatch) and returns the sum of the experts' outputs
 (combine). Sluice's own dispatchers send rows in one or two hops; a hop is one exchange between ranks. Fan-outs
 (parallel/expert/permute.py) copy the rows before each hop, and sort the received rows by expert after the last hop.
-Combine does the reverse. Training uses dispatch and combine twice each (paper 3.3.3):
+Training uses dispatch and combine twice each (paper 3.3.3):
 
     dispatch forward     out,  in the wire format   x and gates -> rows and their gates
     dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
     combine forward      back, activation dtype     expert outputs -> y
     combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (known routes)
 
-Each of the four uses has two halves:
+Each use has two halves:
 
-    begin    ends when one exchange has started: the first exchange of a dispatch, or the last exchange of a combine.
-             With two hops, this is the exchange over the slow network
+    begin    ends when the first exchange of a dispatch, or the last exchange of a combine, has started
     wait     does the rest
 
-In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. Of all ready nodes,
-autograd runs the newest first. So operations between `begin` and `wait`, such as the shared expert, also have their
-backward between the two halves.
-
-On a GPU, `begin` starts all hops on a separate stream (`beside`), and `wait` only waits for the last hop.
+In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. Autograd runs the
+newest ready node first. So the backward of operations between `begin` and `wait` runs between the two halves too.
 
 A token is quantized once, before it is copied. So results do not depend on the placement of experts.
 
@@ -46,7 +42,7 @@ from parallel.pipeline.overlap import yield_point
 if TYPE_CHECKING:
 
     class ExchangeFunction(torch.autograd.Function):
-        """Type of autograd functions for the type checker. torch's annotations forbid named arguments of a backward."""
+        """Type of autograd functions. torch's annotations forbid named arguments of a backward."""
 
         backward: Callable[..., Any]
 
@@ -56,9 +52,7 @@ else:
 
 @dataclass
 class DispatchPlan:
-    """The routes of one dispatch. The forward of the dispatch builds the plan; combine and both backward passes read
-    it.
-    """
+    """The routes of one dispatch, which its forward builds for the combine and both backward passes."""
 
     sent: list[list[int]]
     """For each hop: number of messages sent to every peer."""
@@ -71,29 +65,25 @@ class DispatchPlan:
     ids_TK: Tensor
     """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, and one from the received messages to the rows sorted by expert. Some fan-outs are
-    added when messages arrive.
-    """
+    """One fan-out per hop, and one to rows sorted by expert. Some are added when messages arrive."""
     entry_of_row: Tensor | None = None
-    """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the received
-    messages.
-    """
+    """For node-limited dispatch and DeepEP: index of each row's gate in the received gates (M, K)."""
     gates_dtype: torch.dtype = torch.float32
-    """Dtype of the router's gates. Gates and their gradients are sent in this dtype."""
+    """Dtype of the router's gates and their gradients, also in messages."""
 
 
 class CombinableRows(Protocol):
-    """Any result of a dispatch that has the field `state`. Combine reads only this field."""
+    """A result of a dispatch. Combine reads only `state`."""
 
     state: Any
 
 
 @dataclass
 class DispatchedRows:
-    """Result of a dispatch: the tokens on the ranks of their experts."""
+    """Result of a dispatch: tokens on their experts' ranks."""
 
     rows_RD: Tensor
-    """Rows for this rank's experts, sorted by local expert, in the activation dtype."""
+    """Rows for this rank's experts, sorted by expert, in the activation dtype."""
     gates_R: Tensor
     """Gate of every row, fp32. The expert multiplies by it."""
     counts_E: Tensor
@@ -103,7 +93,7 @@ class DispatchedRows:
 
 
 class PendingDispatch:
-    """A dispatch after its first half. At least its first exchange is in progress; `wait` does the rest."""
+    """A dispatch after its first half, with an exchange in progress."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -116,7 +106,7 @@ class PendingDispatch:
 
 
 class PendingCombine:
-    """A combine after its first half. Its last exchange is in progress; `wait` waits for it and sums the received rows."""
+    """A combine after its first half, with its last exchange in progress."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -127,10 +117,7 @@ class PendingCombine:
 
 
 class ExchangeDispatcher(ABC):
-    """Base class of dispatchers. Dispatch and combine have two halves, begin and wait; subclasses move the rows.
-
-    wire: wire format of dispatch.
-    """
+    """Base class of dispatchers; subclasses move the rows. wire: of dispatch."""
 
     counters: Any = None
     """`TrafficCounters` of the bytes sent; None if they are not counted."""
@@ -138,20 +125,17 @@ class ExchangeDispatcher(ABC):
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange. If a forward and a backward overlap (parallel/pipeline/overlap.py),
-        the other one then computes.
-        """
+        """Called before each wait for an exchange; an overlapped pass then computes."""
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
     ) -> PendingDispatch:
         """Start to send every token to its experts. Copies the split sizes to the host once.
 
-        x_TD: tokens, fp32 or bf16
-        expert_ids_TK: experts of each token, int64 ids over the whole group; the ids of a token differ
-        gates_TK: gates, fp32. Gates and x may be fp64, as in `mode=prove`
-        again: `DispatchedRows.state` of an earlier dispatch of the same tokens. If given, the new dispatch reuses its
-            routes and exchanges no counts
+        x_TD: tokens, fp32 or bf16; fp64 in `mode=prove`
+        expert_ids_TK: int64 ids over the whole group, different within a token
+        gates_TK: gates, fp32; fp64 in `mode=prove`
+        again: `DispatchedRows.state` of an earlier dispatch of the same tokens, whose routes are used again
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -170,7 +154,7 @@ class ExchangeDispatcher(ABC):
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
     def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
-        """Send the experts' outputs back and wait. Return y_TD, the sum of each token's expert outputs."""
+        """Send the experts' outputs back. Return y_TD, their sum per token."""
         return self.combine_begin(out_RD, routed).wait()
 
     @abstractmethod
@@ -183,22 +167,20 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the side data (sent with the rows:
-        gates, in some dispatchers also expert ids). If the rows are gradients, the side data is empty.
+        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the received gates (in some dispatchers
+        with expert ids). Gradients of rows come without gates.
         """
 
     @abstractmethod
     def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
-        """Start to send expert outputs, or gradients of rows, back to the ranks of their tokens.
+        """Start to send expert outputs, or gradients of rows, back to the tokens' ranks.
 
-        side_MX: for gradients of rows, the gradients of every received message's gates; else None.
+        side_MX: gradients of received messages' gates; None with expert outputs.
         """
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
-        """Wait for the rows of `_start_back`. Return the sum of rows per token, and the gates' gradients, which arrived
-        with the rows.
-        """
+        """Wait for the rows of `_start_back`. Return their sum per token, and the received gradients of gates."""
 
     @abstractmethod
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
@@ -206,23 +188,20 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
-        """Return the gradients of gates_TK. side_CX: the gates' gradients that arrived with the rows."""
+        """Return the gradients of gates_TK. side_CX: received gradients of gates."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         """Return the gradients of every received message's gates, (M, X): the transpose of `_row_gates`."""
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         assert plan.entry_of_row is not None
-        # Entries of experts on other ranks stay 0, so in the sum over copies each entry has exactly one value that is
-        # not 0.
+        # Entries of experts on other ranks stay 0, so copies can be summed.
         return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
 
 
 class ChainDispatcher(ExchangeDispatcher):
-    """A dispatcher over one or two hops. A subclass defines how a token's row is copied and where a message has its
-    gates.
+    """A dispatcher over one or two hops. Subclasses define how a row is copied and where a message has its gates.
 
-    links: one link per hop, in dispatch order. The subclass's `_plan` exchanges counts and builds every fan-out that is
-    known before rows arrive, at least the first. Gates and their gradients follow each row as fp32 words.
+    links: one link per hop, in dispatch order. Gates and their gradients follow each row as 32-bit words.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -230,16 +209,16 @@ class ChainDispatcher(ExchangeDispatcher):
         self.links = links
         self.counters = TrafficCounters()
         self.as_on_gpu = False
-        """Whether rows on the meta device are processed as on a GPU."""
+        """Whether to process rows on the meta device as on a GPU."""
         self._back_wire = HighWire()
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the first hop's messages, one per copy: the encoded row, then the gates as 32-bit words."""
+        """Return one message per copy of the first hop: the encoded row, then the gates as 32-bit words."""
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
-        """Add the next fan-out to the plan. side_MX: the 32-bit words after the row in each received message."""
+        """Add the next fan-out. side_MX: received words after each row."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
         """Whether the later hops start together with the first hop."""
@@ -303,8 +282,7 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return one hop's messages towards the tokens' ranks, int32: encoded sums of rows, with the gates' gradients
-        (side_MX) if there are any."""
+        """Return one hop's messages back, int32: encoded sums of rows, then gradients of gates if any."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)
@@ -322,10 +300,10 @@ class ChainDispatcher(ExchangeDispatcher):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reinterpret 32-bit words as values of `dtype`. A value takes one word or two words.
+    """Reinterpret 32-bit words as values of `dtype`, which has one word or two words.
 
-    One-word values are a view. Two-word values are a copy, because the words may be misaligned. The copy is flattened
-    first: torch treats a tensor with one row, or no words, as contiguous even if its strides are not.
+    Two-word values are a copy, because the words may be misaligned. It is flattened, because torch treats a tensor with
+    one row, or no words, as contiguous whatever its strides are.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -335,20 +313,17 @@ def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ExchangeFlight:
-    """State that both halves of a dispatch or of a combine use."""
+    """State that both halves of a dispatch or combine use."""
 
     dispatcher: ExchangeDispatcher
     plan: DispatchPlan
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """Result of the subclass's `_start_out` or `_start_back`. The subclass's second half gets this result.
-    """
+    """Result of `_start_out` or `_start_back`, for the second half."""
 
     def land(self) -> Any:
-        """Return the started transfer, for which the caller waits. All ranks call this equally often, even without
-        rows.
-        """
+        """Return the started transfer. All ranks call this equally often, even without rows."""
         self.dispatcher.on_wait()
         transfer, self.transfer = self.transfer, None
         assert transfer is not None, "wait() was called twice"
@@ -361,10 +336,10 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(rows: Tensor) -> AbstractContextManager:
-    """Run the GPU work of the block on a second stream, after all work that is already in the compute stream.
+    """Run the block's GPU work on a second stream, after all work that is already in the compute stream.
 
-    Memory that is allocated in the block is reused only in a later block, after all compute work that preceded this
-    block. Buffers from outside must stay alive until the compute stream waits for the block's last work.
+    Memory allocated in the block is reused only in a later block, after all compute work before this block. Buffers
+    from outside must stay alive until the compute stream waits for the block's last work.
     """
     if not rows.is_cuda:
         return nullcontext()
@@ -374,7 +349,7 @@ def beside(rows: Tensor) -> AbstractContextManager:
 
 
 def _ticket(like: Tensor) -> Tensor:
-    """Return an empty tensor that connects both halves (begin and wait) of a dispatch or combine in the autograd graph."""
+    """Return an empty tensor that connects begin and wait for autograd."""
     return like.new_empty(0, dtype=torch.float32)
 
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-# Counts the bytes that the expert all-to-all sent, and the time that the host waited for received rows.
-#
-# A dispatcher owns one TrafficCounters object. It counts the bytes of messages to other ranks, including the counts
-# that are exchanged before the rows. It counts neither the headers of the communication library nor rows that a rank
-# sends to itself.
+# Counts the bytes of messages to other ranks, and the time that the host waited for received rows. Headers of the
+# communication library are not counted.
 
 
 @dataclass
@@ -26,7 +23,7 @@ class Traffic:
     across_bytes: int = 0
     """Bytes sent to ranks of other nodes."""
     waited: float = 0.0
-    """Seconds that the host waited for received rows. With NCCL, the host does not wait."""
+    """Seconds that the host waited for received rows; 0 with NCCL."""
 
 
 @dataclass
@@ -44,18 +41,18 @@ class TrafficCounters:
 
 
 class Transfer:
-    """An all-to-all in progress. It keeps its buffers alive until `wait` returns."""
+    """An all-to-all in progress, which keeps its buffers alive."""
 
     def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None, traffic: Traffic):
         self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
 
     def holding(self, buffer: Tensor) -> "Transfer":
-        """Keep `buffer` alive until `wait` returns, because an earlier transfer still uses it. Returns this transfer."""
+        """Keep `buffer`, which an earlier transfer still uses, until `wait` returns."""
         self._held.append(buffer)
         return self
 
     def wait(self) -> Tensor:
-        """Wait for the received rows and return them, ordered by peer. Call once."""
+        """Wait for the received rows, ordered by peer. Call once."""
         if self._work is not None:
             start = time.perf_counter()
             self._work.wait()
@@ -68,8 +65,7 @@ class Transfer:
 class Link:
     """All-to-all inside one group.
 
-    group: the process group; None for a rank that runs alone. nodes_P: node of every rank of the group, so that the
-    counters know which bytes stay inside the node.
+    group: None for a rank that runs alone. nodes_P: node of every rank of the group, for the counters.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):
@@ -80,7 +76,7 @@ class Link:
         self._across_P = [node != nodes_P[self.rank] for node in nodes_P]
 
     def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
-        """Start an all-to-all: send sent_P[p] rows to peer p and receive received_P[p] rows. Rows are ordered by peer."""
+        """Start to send sent_P[p] rows to peer p and receive received_P[p] rows, ordered by peer."""
         assert rows_CX.shape[0] == sum(sent_P)
         if self.size == 1:
             return Transfer(rows_CX, rows_CX, None, traffic)

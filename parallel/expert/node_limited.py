@@ -1,20 +1,16 @@
 """Node-limited dispatch: a token crosses the network between nodes once for each target node (paper 3.2.2).
 
-The router limits the experts of a token to M nodes. So a token costs at most M messages between nodes instead of K.
-Dispatch:
+The router limits the experts of a token to M nodes, so a token costs at most M messages between nodes.
 
-    1. Across nodes: send the token to each node that holds one of its experts, to the rank with the same index there.
-    2. Inside the node: that rank forwards the encoded token to each rank that holds one of its experts.
+    1. Across nodes: send the token to each node with one of its experts, to the rank with this rank's index there.
+    2. Inside the node: that rank forwards the encoded token to each rank with one of its experts.
     3. On the expert's rank: make one row of the token for each of its experts there.
 
-Combine adds a token's outputs on the expert's rank, then on the forwarding rank, last on the token's rank. Each of the
-three ranks rounds to the activation dtype; flat dispatch rounds once. In bf16, the results differ by up to two
-roundings; in fp32, they differ in the last bits.
+Combine adds a token's outputs on the expert's rank, then on the forwarding rank, last on the token's rank. Each of
+these ranks rounds to the activation dtype; flat dispatch rounds once.
 
-A message is an encoded row, the token's K gates and its K expert ids (int16), from which ranks find the next targets.
-With one node, or one rank per node, there is only one hop.
-
-The counts need one small exchange per hop and one copy to the host.
+A message is an encoded row, the token's K gates and its K expert ids (int16). With one node, or one rank per node,
+there is only one hop.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """
@@ -31,10 +27,10 @@ from parallel.expert.wire import Wire
 
 
 class NodeLimitedDispatcher(ChainDispatcher):
-    """Dispatcher for experts over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
+    """Dispatcher over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: the ranks with the same index on their node as this rank, in node order; None with one node
-    intra_group: the ranks of this node; None with one rank per node
+    inter_group: ranks with this rank's index on their node, in node order; None with one node
+    intra_group: ranks of this node; None with one rank per node
     experts: E, below 32768
     """
 
@@ -68,11 +64,11 @@ class NodeLimitedDispatcher(ChainDispatcher):
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
         """Exchange the counts of both hops.
 
-        outer_NX: for each node, how many of this rank's tokens go to the node, to each of its ranks, and to each expert
+        outer_NX: for each node, the numbers of this rank's tokens for the node, each of its ranks, and each expert
         there. Returns:
 
-        - on the host, for each hop: the numbers of messages to and from each peer, and the number of rows
-        - on the device: the number of rows per local expert
+        - on the host, per hop: messages to and from each peer, and rows
+        - on the device: rows per local expert
         """
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()

@@ -1,19 +1,12 @@
 """Moves rows between two orders by gathers only.
 
-A FanOut maps every copy to its source row. It has two uses, each the backward of the other. Neither scatters or adds in
-place:
+A FanOut maps every copy to its source row. Its two uses are each other's backward; neither scatters or adds in place:
 
     spread:  copies_C = sources_S[source_C]                        a gather
     collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
 
-`collect` reads the copies once and accumulates in fp32. Dispatch is a chain of spreads, with an exchange between two
-spreads. Combine is the reverse chain, with collects. On a GPU, kernels build the fan-outs of experts and run `collect`
-(parallel/expert/triton_dispatch.py); this file computes the same with torch.
-
-Two possible savings are not implemented (estimates of `python -m bench.traffic` for a pair of layers of some 39 ms):
-
-    - GEMMs could read rows from the receive buffer, without the last gather: 0.31 ms.
-    - GEMMs could compute the sums right after the experts: 0.61 ms.
+`collect` accumulates in fp32. Dispatch is a chain of spreads, with exchanges between them. Combine is the reverse
+chain, with collects. On a GPU, parallel/expert/triton_dispatch.py computes the same.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
@@ -26,23 +19,18 @@ from torch import Tensor
 
 
 class FanOut(NamedTuple):
-    """Maps copies of rows to their source rows. A copy is for one target, such as a rank or an expert. Copies are
-    ordered by target, then by source.
-    """
+    """Maps copies of rows to source rows. Copies are ordered by target, such as a rank or an expert, then by source."""
 
     source_C: Tensor
     """For each copy, the index of its source row, int64."""
     copy_C: Tensor
-    """Indices of all copies, int64: first the copies of source 0, then the copies of source 1, and so on."""
+    """Indices of all copies, int64, ordered by source."""
     start_S: Tensor
-    """For each source, the index in copy_C at which its copies start, int64."""
+    """For each source, the index of its first copy in copy_C."""
 
 
 def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
-    """Return a FanOut with one copy of source s for every target n where hits_SN[s, n] is true.
-
-    copies: number of true values, known on the host.
-    """
+    """Return a FanOut with one copy of source s for every target n with hits_SN[s, n]. copies: number of copies."""
     hits_NS = hits_SN.t().contiguous()
     source_C = torch.nonzero_static(hits_NS, size=copies)[:, 1]
     place_NS = hits_NS.flatten().cumsum(0) - 1
@@ -53,9 +41,7 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets (such as ranks) that hold `per_target` consecutive experts each. first: the first target's first expert.
-    targets: their number.
-    """
+    """Targets, such as ranks, with `per_target` consecutive experts each. first: the first target's first expert."""
 
     first: int
     per_target: int
@@ -63,10 +49,7 @@ class ExpertTargets(NamedTuple):
 
 
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
-    """Return a FanOut with one copy of source s for every target that holds at least one of the experts ids_SK[s].
-
-    copies: number of copies of all sources, known on the host.
-    """
+    """Return a FanOut with one copy of source s for every target that holds one of the experts ids_SK[s]."""
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
     return fan_out(hits(ids_SK, wanted), copies)
@@ -87,14 +70,14 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> 
 
 
 def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return, for each target, the number of sources with at least one expert in the target: int64 (N,)."""
+    """Return how many sources have an expert in each target: (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)
 
 
 def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return, for each source and target, whether the target holds an expert of the source: bool (S, N)."""
+    """Return whether each target holds an expert of each source: (S, N)."""
     first, per_target, targets = wanted
     column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()
     column_SK = column_SK.where((column_SK >= 0) & (column_SK < targets), targets)
@@ -103,9 +86,7 @@ def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
 
 
 def sort_entries(target_SK: Tensor) -> FanOut:
-    """Return a FanOut with one copy for every element of target_SK, so up to K copies of a source per target. Target
-    indices must be below 32768.
-    """
+    """Return a FanOut with one copy per element of target_SK, whose values are below 32768."""
     sources, entries = target_SK.shape
     order_C = target_SK.flatten().to(torch.int16).argsort(stable=True)
     copy_C = torch.empty_like(order_C)
@@ -120,10 +101,7 @@ def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
 
 
 def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
-    """Return the sum of every source's copies, (S, X), added in target order and rounded once.
-
-    out_SX: buffer for the result.
-    """
+    """Return the sum of every source's copies, (S, X), added in target order and rounded once."""
     if not rows_CX.is_cuda:
         sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
         return sum_SX if out_SX is None else out_SX.copy_(sum_SX)
@@ -134,7 +112,7 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
 
 
 def triton_dispatch():
-    """Return the module of GPU kernels. This import lets the type checker see their names."""
+    """Return the module of GPU kernels, typed for the type checker."""
     from parallel.expert import triton_dispatch as kernels
 
     return kernels

@@ -1,7 +1,7 @@
-"""Dispatchers for a rank without peers: the real classes, with an all-to-all that creates the rows of the peers.
+"""Dispatchers for a rank without peers: the real classes, with an all-to-all that creates the peers' rows.
 
-Such a rank runs alone in a plan (on the meta device) or in a dry run of a large job. The real router routes its tokens.
-A `Load` determines how many rows arrive; their values are copies of this rank's rows.
+Such a rank runs alone in a plan (on the meta device) or in a dry run. A `Load` determines how many rows arrive; they
+are copies of this rank's rows.
 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """
@@ -36,21 +36,20 @@ class Group:
     experts: int
     top_k: int
     groups: int
-    """Number of the router's expert groups. A token's experts are in top_groups of these groups."""
+    """Expert groups; a token's experts are in top_groups of them."""
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return the mean number of units that a token reaches: units that hold at least one of its experts.
+        """Return the mean number of units that hold at least one of a token's experts.
 
-        units: number of equal ranges of experts, such as nodes. A token's K experts are any K experts of its top_groups
-        groups.
+        units: number of equal ranges of experts, such as nodes.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
         if experts_per_unit <= experts_per_group:
             chance = self.top_groups / self.groups
             return units * chance * _some(open_experts, experts_per_unit, self.top_k)
-        # Number of groups per unit; how many of these groups the router chooses varies.
+        # Number of groups per unit. The router chooses a varying number of them.
         inside = experts_per_unit // experts_per_group
         ways = math.comb(self.groups, self.top_groups)
         return units * sum(
@@ -63,37 +62,35 @@ class Group:
 
 
 def _some(experts: int, here: int, top_k: int) -> float:
-    """Return the probability that `top_k` of `experts` experts include at least one of `here` given experts."""
+    """Return the probability that `top_k` of `experts` experts include one of `here` given experts."""
     return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
 
 
 @dataclass(frozen=True)
 class Load:
-    """Number of tokens that all ranks together send to each expert of this rank in one dispatch."""
+    """Number of tokens from all ranks for each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """For each expert of this rank: number of its rows divided by the number of this rank's tokens. All ranks have
-    equally many tokens.
-    """
+    """Rows of each expert of this rank / tokens of this rank."""
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Return equal loads for all experts of this rank. factor: this rank's rows / mean rows over all ranks."""
+        """Return equal loads for all experts of this rank. factor: this rank's rows / mean rows."""
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Return the rows of every expert as integers that add up to the rounded total."""
+        """Return the rows of every expert, integers with the rounded total."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Return integers that differ by at most 1 and sum to total."""
+    """Return integers that sum to total and differ by at most 1."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 class StandInLink(Link):
-    """A link without peers. It receives the rows that it sends, repeated as often as needed."""
+    """A link without peers, which receives rows that it sends."""
 
     def __init__(self, nodes_P: Sequence[int]):
         self.group: ProcessGroup | None = None
@@ -130,9 +127,7 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank that runs alone. In the last hop, `load` determines how many messages arrive.
-    In other hops, as many messages arrive as the rank sends.
-    """
+    """`NodeLimitedDispatcher` of a rank that runs alone."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         nodes = group.ranks // group.ranks_per_node
@@ -149,8 +144,8 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         tokens, device = len(expert_ids_TK), expert_ids_TK.device
         totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
         sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
-        # In each hop, as many messages arrive as the rank sends. In the last hop, more arrive if this rank's experts
-        # are chosen more often than the mean.
+        # In each hop, as many messages arrive as the rank sends. In the last hop, more arrive if `load` exceeds the
+        # mean.
         rows_L = self.load.rows_L(tokens)
         arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
         received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
@@ -168,18 +163,16 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut that assigns the sources to the targets one after another, and starts again after the last source.
-    copies_N: number of copies per target.
-    """
+    """Build a FanOut that assigns the sources to the targets in turn. copies_N: copies per target."""
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
 
 
 @cache
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
-    """Return (S, N): for each source, the targets that get a copy of it, and -1 elsewhere.
+    """Return (S, N): for each source, the targets of its copies, then -1.
 
-    Built and cached outside dispatch modes, so that memory counts leave it out.
+    Built outside dispatch modes, so that memory counts leave it out.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
@@ -193,7 +186,7 @@ def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tenso
 
 
 class DeepEPStandIn(DeepEPDispatcher):
-    """`DeepEPDispatcher` of a rank that runs alone, with `_Buffer` instead of DeepEP's buffer."""
+    """`DeepEPDispatcher` of a rank that runs alone, with `_Buffer` for DeepEP's buffer."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         ExchangeDispatcher.__init__(self, wire)
@@ -203,7 +196,7 @@ class DeepEPStandIn(DeepEPDispatcher):
 
 
 class _Buffer:
-    """Returns what the documentation of `deep_ep.Buffer` promises. Received rows are copies of this rank's rows."""
+    """Behaves as the documentation of `deep_ep.Buffer` promises. Received rows are copies of sent rows."""
 
     def __init__(self, load: Load, per_token: float, top_k: int):
         self._load, self._per_token, self._top_k = load, per_token, top_k
@@ -233,12 +226,12 @@ class _Buffer:
         return received, ids_MK, _cycle(topk_weights, messages), counts, tokens, None
 
     def combine(self, x_MD: Tensor, handle: int, topk_weights: Tensor | None = None):
-        """Return the rows that come back to this rank. handle: number of this rank's tokens."""
+        """Return the rows that come back. handle: number of this rank's tokens."""
         return _cycle(x_MD, handle), None if topk_weights is None else _cycle(topk_weights, handle), None
 
 
 def _cycle(x_SX: Tensor, rows: int) -> Tensor:
-    """Return `rows` rows of x, repeated from the first row if necessary."""
+    """Return `rows` rows of x, which repeat if necessary."""
     out_RX = x_SX.new_empty(rows, *x_SX.shape[1:])
     for first in range(0, rows, max(1, len(x_SX))):
         part = out_RX[first : first + len(x_SX)]

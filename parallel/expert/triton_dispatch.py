@@ -5,8 +5,8 @@
     collect, sum_entries        sum every source's copies in fp32 and round once
     encode_rows                 encodes rows as the bytes of the FP8 wire
 
-No kernel waits for the host. The module needs triton, so it is imported only where its kernels run. Shapes are those of
-permute.py and wire.py; `row` is the stride between message rows, in elements.
+No kernel waits for the host. Shapes are those of permute.py and wire.py; `row` is the stride between message rows, in
+elements.
 """
 
 import torch
@@ -17,21 +17,18 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Maximum product of the numbers of sources and targets in one program of a kernel. A program has at most 128 sources.
-"""
+"""Maximum of sources times targets in one program of a kernel."""
 COUNT_BLOCKS = 64
 """Number of source blocks whose counts are added in one iteration."""
 COLLECT_COLUMNS = 1024
-"""Number of columns in one program of `collect`. Each thread handles eight values."""
+"""Columns in one program of `collect`: eight values per thread."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
-"""Numbers of rows and of tiles in one program of `encode_rows`. The exponents of four tiles form a 32-bit word."""
+"""Rows and tiles in one program of `encode_rows`: the exponents of four tiles form a 32-bit word."""
 
 
 @triton.jit
 def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
-    """Return an int32 tensor of shape (sources, TARGETS). An element is the index k of the source's last expert in the
-    target, or -1 if there is none.
-    """
+    """Return int32 (sources, TARGETS): the index k of the source's last expert in the target, or -1."""
     target = tl.arange(0, TARGETS)[None, :]
     entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
     for k in tl.static_range(K):
@@ -59,13 +56,12 @@ def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
-    """Compute the fields of a FanOut, whose copies are ordered by target, then by source. An entry is one element of
-    the flattened expert ids.
+    """Compute the fields of a FanOut. An entry is one element of the flattened expert ids.
 
-        source_ptr: receives the source of each copy
-        entry_ptr: receives the index of each copy's entry
-        copy_ptr: receives the indices of all copies, ordered by source; if by_entry, each entry's copy
-        start_ptr: receives each source's start in copy_ptr; if by_entry, the number of copies of each target
+    source_ptr: receives the source of each copy
+    entry_ptr: receives the index of each copy's entry
+    copy_ptr: receives the indices of all copies, ordered by source; if by_entry, each entry's copy
+    start_ptr: receives each source's start in copy_ptr; if by_entry, the number of copies of each target
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
@@ -119,9 +115,7 @@ def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
     ALIGN: constexpr, ENCODE_ROWS: constexpr, ENCODE_TILES: constexpr,
 ):  # fmt: skip
-    """Run `Fp8Wire.encode` for four tiles of some rows. A row has units * ALIGN bytes, so the compiler knows the
-    alignment.
-    """
+    """Run `Fp8Wire.encode` for four tiles of some rows. A row has units * ALIGN bytes."""
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES
     columns = first * 128 + tl.arange(0, ENCODE_TILES * 128)
@@ -143,10 +137,7 @@ def _encode_kernel(
 
 
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
-    """Return, by block of sources, how many sources have an expert in each target: int32 (blocks, targets).
-
-    per_target: experts per target. first: first expert of the first target.
-    """
+    """Return, by block of sources, how many sources have an expert in each target: int32 (blocks, targets)."""
     (sources, entries), size = ids_SK.shape, _sources(targets)
     blocks = -(-sources // size)
     counts_BN = ids_SK.new_empty(blocks, targets, dtype=torch.int32)
@@ -161,7 +152,7 @@ def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Ten
 def place_hits(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return int64 tensors: the three fields of a FanOut, and each copy's index in the flattened ids_SK."""
+    """Return int64 tensors: the fields of a FanOut, and each copy's index in the flattened ids_SK."""
     start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
     source_C, copy_C, entry_C = _place(ids_SK, first, per_target, targets, copies, start_S, by_entry=False)
     return source_C, copy_C, start_S, entry_C
@@ -191,12 +182,12 @@ def _place(
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
-    """Return the sum of every source's copies. Input and output rows may be strided."""
+    """Sum every source's copies. Input and output rows may be strided."""
     _collect(rows_CX, copy_C, start_S, out_SX, 0)
 
 
 def sum_entries(rows_CX: Tensor, copy_SK: Tensor, out_SX: Tensor) -> None:
-    """Return the sum of every source's K copies, added in the order of copy_SK."""
+    """Sum every source's K copies in the order of copy_SK."""
     _collect(rows_CX, copy_SK, copy_SK, out_SX, copy_SK.shape[1])
 
 
@@ -210,7 +201,7 @@ def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, e
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
-    """Encode rows as bytes of `Fp8Wire`. The width must be a multiple of the tile width."""
+    """Encode rows as bytes of `Fp8Wire`. The width must be a multiple of 128."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row

@@ -1,19 +1,18 @@
-"""The formats in which dispatch and combine send rows.
+"""The formats in which dispatch and combine send rows, as message rows of bytes.
 
-A wire encodes each row as a message row of bytes, and decodes it. The wire `bf16` sends the activation dtype: an fp32
-run sends fp32 and loses nothing. The wire `fp8` sends E4M3 values with one power-of-two scale per tile of 128 channels
-(paper 3.3.3).
+    bf16    values in the activation dtype; an fp32 run sends fp32
+    fp8     E4M3 values with one power-of-two scale per tile of 128 channels (paper 3.3.3)
 
 FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
 
-Values are sent as bytes, because gloo has no FP8. Let amax be the largest magnitude of a tile:
+With amax, the largest magnitude of a tile:
 
     scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
 
-448 = 1.75 * 2^8 is the largest E4M3 number. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
-mantissa of amax exceeds 1.75. One integer addition to the bits of amax computes this exponent exactly.
+The largest E4M3 number is 448 = 1.75 * 2^8. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
+mantissa of amax exceeds 1.75. One integer addition to the bits of amax computes it exactly.
 
-bf16 holds q * scale exactly, and a second quantization changes no value. It may halve the scale and double q.
+bf16 holds q * scale exactly. A second quantization may halve the scale and double q, but changes no value.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """
@@ -28,20 +27,16 @@ from torch.utils._pytree import tree_map_only
 
 from parallel.expert.permute import triton_dispatch
 
-# Rows that arrived over an FP8 wire. GEMMs that compute in FP8 read their quantized values; all other operations get
-# plain values.
+# Rows that arrived over an FP8 wire.
 #
-# A `QuantizedRows` is a tensor of the activation dtype that holds E4M3 values and their scales. Autograd treats it like
-# any tensor, both as rows in the forward and as their gradient in the backward. The experts of an FP8 recipe read the
-# values and the scales. Any other operation gets their product, so no other code needs to know the class. A gather of
-# such rows returns a `QuantizedRows`.
+# Autograd treats a `QuantizedRows` like any tensor of the activation dtype, in forward and as a gradient. The experts
+# of an FP8 recipe read its values and scales. A gather of such rows returns a `QuantizedRows`. Any other operation gets
+# dequantized values.
 #
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
 TILE = 128
-"""Number of consecutive values of a row with one scale, on the wire and in a GEMM's input. In a weight, blocks of this
-height and width have one scale (paper 3.3.2).
-"""
+"""Number of consecutive values with one scale. In a weight, blocks of 128 x 128 have one scale (paper 3.3.2)."""
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """The fp32 values of the 256 E4M3 bytes, in order."""
 Widen = Callable[[Tensor], Tensor]
@@ -49,23 +44,20 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """Convert FP8 values to fp32. On a CPU, a lookup in a table of 256 values takes a fifth of torch's time. Plans on
-    the meta device count this lookup.
-    """
+    """Convert FP8 values to fp32; on a CPU by a table, five times as fast as torch."""
     if q_RD.is_cuda:
         return q_RD.float()
     return _E4M3.to(q_RD.device).index_select(0, q_RD.view(torch.uint8).flatten().int()).view(q_RD.shape)
 
 
 class QuantizedRows(Tensor):
-    """Rows (R, D) as FP8 values with scales: each value is q_RD times its tile's scale. bf16 holds this product
-    exactly.
+    """Rows (R, D) as FP8 values with scales; bf16 holds their product exactly.
 
-        q_RD: float8_e4m3fn; the rows may be strided
-        scale_RS: fp32 powers of two
-        floor: lower bound of a tile's amax in the computation of its scale
-        dtype: dtype of the values for the rest of the code
-        widen: function that converts q_RD to fp32
+    q_RD: float8_e4m3fn; the rows may be strided
+    scale_RS: fp32 powers of two
+    floor: lower bound of a tile's amax for its scale
+    dtype: dtype of the dequantized values
+    widen: function that converts q_RD to fp32
     """
 
     @staticmethod
@@ -108,7 +100,7 @@ def dequantize(q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, widen: Widen 
 
 
 def in_tiles(x_RD: Tensor) -> Tensor:
-    """Return rows as tiles, (R, S, 128), with zeros after the last value."""
+    """Return rows as zero-padded tiles, (R, S, 128)."""
     width = x_RD.shape[1]
     if width % TILE:
         x_RD = torch.nn.functional.pad(x_RD, (0, -width % TILE))
@@ -117,26 +109,24 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of a tile's amax (largest magnitude), for activations and for gradients. All values of a gradient can be
-far below 1e-4. So gradients use torchao's bound, which only prevents a division by 0.
-"""
+"""Lower bounds of a tile's amax (largest magnitude). All values of a gradient may be far below 1e-4."""
 
 
 class Wire(Protocol):
     """The interface of a wire that dispatchers use."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Return the bytes of a message row, a multiple of 4. width: channels of a row."""
+        """Return the bytes of a row with `width` channels, a multiple of 4."""
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         """Encode rows as bytes, uint8 (R, B)."""
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        """Decode bytes to rows (R, width) of `dtype`. gradient: as passed to `encode`."""
+        """Decode to rows (R, width) of `dtype`. gradient: as in `encode`."""
 
 
 class HighWire:
-    """The wire in the activation dtype. Encode and decode return views if the width allows it."""
+    """The wire in the activation dtype. It copies only rows of some widths."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)
@@ -156,7 +146,7 @@ class HighWire:
 class Fp8Wire:
     """The wire of E4M3 values with one power-of-two scale per 1x128 tile (paper 3.3.2, 3.3.3).
 
-    activation_floor, gradient_floor: lower bounds of a tile's amax for its scale. DeepSeek uses 1e-4 for activations.
+    activation_floor, gradient_floor: lower bounds of a tile's amax. DeepSeek uses 1e-4 for activations.
     """
 
     def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):
@@ -179,8 +169,8 @@ class Fp8Wire:
         amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)
         exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
         inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
-        # The clamp only changes infinities. The product with the scale makes them infinite again in decode; a cast
-        # without the clamp would not guarantee this.
+        # The clamp only changes infinities, which the scale makes infinite again. A cast alone would not guarantee
+        # this.
         q_RD = (tiles_RST * inverse_RS[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
         bytes_RB = torch.zeros(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
         bytes_RB[:, :width] = q_RD[:, :width].view(torch.uint8)
@@ -188,7 +178,7 @@ class Fp8Wire:
         return bytes_RB
 
     def decode_parts(self, bytes_RB: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Split the bytes of rows into q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for GEMMs that take both."""
+        """Split the bytes of rows into q_RD (float8_e4m3fn, a view) and scale_RS (fp32)."""
         q_RD = bytes_RB[:, :width].view(torch.float8_e4m3fn)
         exponent_RS = bytes_RB[:, width : width + _tiles(width)].to(torch.int32)
         return q_RD, (exponent_RS << 23).view(torch.float32)

@@ -3,16 +3,15 @@
 When the forward of a part of the model ends, its saved activations are copied to the host as one batch. Backward reads
 the batches in reverse order:
 
-    out     The copy to the host starts at once and overlaps with compute. The batch's device memory is freed when the
-            action sends its next batch, or when the next action ends. If a backward follows at once, the batch is still
-            on the device and is not copied back.
-    back    A micro-batch's newest batch is copied back during the action before the backward that reads it. When
-            backward reads a batch, the copy of the previous batch starts. So two batches are on the device at a time.
+    out     The copy starts at once. The batch's device memory is freed when the action sends its next batch, or when
+            the next action ends. A backward that follows at once needs no copy back.
+    back    A micro-batch's newest batch is copied back during the action before its backward. When backward reads a
+            batch, the copy of the previous batch starts. So two batches are on the device at a time.
 
-Each direction has its own stream. Copies and compute wait for each other by events, so the host never waits. A tensor's
-memory is freed only after the compute stream has waited for its copy. On a CPU, copies are synchronous.
+Each direction has its own stream. Events order copies and compute, so the host never waits. Memory is freed only after
+the compute stream has waited for its copy. On a CPU, copies are synchronous.
 
-Host memory is allocated in pages (pinned for a GPU), which are reused for batches of any size.
+Host memory is allocated in pages (pinned for a GPU), which are reused.
 """
 
 from collections import deque
@@ -38,9 +37,7 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Return the bytes of the pages for a batch. sizes: bytes of each tensor of the batch. kind: type of the device,
-    such as cuda.
-    """
+    """Return the bytes of a batch's pages. sizes: bytes of each tensor. kind: device type, such as cuda."""
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
 
@@ -50,9 +47,9 @@ def _size_of_page(kind: str) -> int:
 
 
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
-    """Return (stage, micro-batch) for the activations that this action is the first to read.
+    """Return (stage, micro-batch) of the activations that this action is the first to read.
 
-    one_piece: stages whose backward cannot be split into a backward of inputs and a backward of weights.
+    one_piece: stages whose backward cannot be split into inputs and weights.
     """
     return [
         (part.stage, part.micro_batch)
@@ -62,9 +59,9 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """The activations of one rank, copied between the rank's device and pages of host memory; see the top of the file.
+    """The activations of one rank, copied to and from pages of host memory.
 
-    In a backward outside of `acting`, a batch is copied back only when it is read.
+    Outside of `acting`, a batch is copied back only when backward reads it.
     """
 
     def __init__(self, device: torch.device):
@@ -72,17 +69,15 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """For each action, two lists of (stage, micro-batch): activations that it reads, and activations that the next
-        action reads.
-        """
+        """For each action: (stage, micro-batch) of activations that this action and the next action read."""
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
         """Unread batches of activations, by stage and micro-batch."""
         self._current: tuple[int, int] | None = None
-        """Stage and micro-batch of the running forward; None outside of a forward."""
+        """Stage and micro-batch of the running forward, if any."""
         self._leaving: list[_Batch] = []
-        """The batch that the current action sent to the host, until its device memory is freed."""
+        """The current action's batch, until its device memory is freed."""
         self._left_over: list[_Batch] = []
-        """Batches that the previous action sent to the host, until their device memory is freed."""
+        """The previous action's batches, until their device memory is freed."""
         self.sent_bytes = 0
         """Number of bytes sent to the host since construction."""
 
@@ -99,9 +94,7 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Run one action of the step inside the block. For an overlapped pair, pass the stage and micro-batch of the
-        pair's forward.
-        """
+        """Run one action in the block. stage, micro_batch: of the forward, for an overlapped pair."""
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
             return
@@ -117,13 +110,11 @@ class HostStore:
         self._left_over, self._leaving, self._current = self._leaving, [], None
         for key in now:
             for batch in self._batches.pop(key):
-                # Wait also for batches that backward never read. Their memory must not be reused before the copy ends.
+                # Also wait for unread batches, before their memory is reused.
                 batch.wait()
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat tensors of bytes) to the host. Returns one object per storage, whose method
-        `fetched` returns the storage.
-        """
+        """Start to copy storages (flat tensors of bytes) to the host. Each result's `fetched` returns its storage."""
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
         before = [] if self._current is None else self._batches[self._current]
@@ -141,7 +132,7 @@ class HostStore:
         return batch.held
 
     def read(self, batch: "_Batch") -> None:
-        """Make later compute wait until this batch is on the device. Start to copy back the previous batch."""
+        """Make later compute wait for this batch on the device. Start to copy back the previous batch."""
         self._fetch(batch)
         batch.wait()
         before, batch.before = batch.before, None
@@ -171,7 +162,7 @@ class HostStore:
     def _let_go(self, batches: list["_Batch"]) -> None:
         for batch in batches:
             if batch.is_back:
-                continue  # the backward followed at once and reads the batch on the device
+                continue  # a backward that followed at once reads it on the device
             pieces = batch.held
             batch.wait()
             for piece in pieces:
@@ -179,7 +170,7 @@ class HostStore:
 
 
 class _Place(NamedTuple):
-    """Bytes `begin` to `end` of a storage. host: the host memory to which they are copied."""
+    """Bytes `begin` to `end` of a storage, copied to `host`."""
 
     begin: int
     end: int
@@ -194,9 +185,7 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """Return the storage as a flat tensor of bytes on the device. It is copied back first if it is only on the
-        host.
-        """
+        """Return the storage's bytes on the device, copied back if necessary."""
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor
@@ -207,13 +196,11 @@ class _Batch:
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """The batch's storages during a copy in either direction; otherwise empty. The list keeps their device memory
-        from being freed.
-        """
+        """The batch's storages during a copy, to keep their device memory."""
         self.pieces = [ref(piece) for piece in pieces]
-        """Weak references to the batch's storages; all are empty once no backward needs the batch."""
+        """Weak references to the storages, empty once backward needs none."""
         self.before = before
-        """The previous batch of the same forward. None for the first batch, or after this batch has been read."""
+        """The forward's previous batch; None for the first batch, or after this batch has been read."""
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
@@ -224,13 +211,13 @@ class _Batch:
             piece.batch = self
 
     def wait(self) -> None:
-        """Make the compute stream wait for the batch's last copy. Later work may then reuse the batch's memory."""
+        """Make the compute stream wait for the last copy, so that later work may reuse the memory."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         self.held = []
 
     def give_pages(self) -> None:
-        """Release the batch's pages, which are reused after the batch's last copy."""
+        """Release the batch's pages for reuse after its last copy."""
         self.places = []
         for page in self.pages:
             page.read = self.copied
@@ -242,7 +229,7 @@ class _Batch:
 
 
 class _Page:
-    """A page of host memory. host: the memory. read: event after the last copy that reads the page."""
+    """A page of host memory. read: event after the last copy that reads it."""
 
     def __init__(self, host: Tensor):
         self.host = host
@@ -250,7 +237,7 @@ class _Page:
 
 
 class _Pages:
-    """A rank's host memory, in pages of equal length. kind: type of the device."""
+    """A rank's host memory, in pages of equal length."""
 
     def __init__(self, kind: str):
         self._kind, self._size = kind, _size_of_page(kind)
@@ -258,9 +245,7 @@ class _Pages:
         self.taken = 0
 
     def take(self, size: int) -> list[_Page]:
-        """Return pages for `size` bytes. Copies to them on the current stream wait until earlier copies have read the
-        pages.
-        """
+        """Return pages for `size` bytes. Copies to them wait until earlier copies have read them."""
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:
             torch.cuda.current_stream().wait_event(event)
@@ -285,7 +270,7 @@ class _Copies:
 
     @contextmanager
     def after_computing(self) -> Iterator[None]:
-        """Run the copies of the block on this stream, after all compute that was launched before the block."""
+        """Run the block's copies on this stream, after all compute launched before the block."""
         if self._stream is None:
             yield
             return
@@ -294,7 +279,7 @@ class _Copies:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event that completes after all copies that the host has launched so far; None on a CPU."""
+        """Return an event after all launched copies; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -307,7 +292,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Yield, for each storage, the parts of pages for its bytes. The storages fill the pages one after another."""
+    """Yield the parts of pages for each storage, in turn."""
     at = 0
     for size in sizes:
         places, begin = [], 0

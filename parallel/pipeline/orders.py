@@ -1,7 +1,4 @@
-"""The torch class that runs each schedule, and the order of its actions on every rank.
-
-The order is read from this class, so a plan simulates the schedule that will run.
-"""
+"""The torch class that runs each schedule, and the order of its actions on every rank. Plans simulate this order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,37 +17,33 @@ TorchClass = type[Any]
 
 
 class Action(NamedTuple):
-    """A unit of a rank's work for a stage and micro-batch: F (forward), B (backward), I (backward of inputs), W
-    (backward of weights), or FB (a forward and a backward together).
+    """A unit of a rank's work: F (forward), B (backward), I (backward of inputs), W (backward of weights), FB
+    (overlapped F, B).
     """
 
     kind: str
     stage: int
     micro_batch: int
     halves: tuple["Action", ...] = ()
-    """For FB: its forward and backward. The FB has the stage and micro_batch of the forward."""
+    """Forward and backward of an FB, which has the forward's stage and micro_batch."""
 
 
 @dataclass(frozen=True)
 class TorchOrder:
-    """The torch class that runs a schedule (`drives`), and the function that returns the actions' order."""
+    """The torch class that runs a schedule (`drives`), and its order."""
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """Function of rank, pp and micro_batches that returns the rank's order, for schedules with one stage per rank. None
-    if the torch class reports the correct order.
-    """
+    """Returns a rank's order from rank, pp and micro_batches; None if the torch class reports it."""
 
     @property
     def is_multi(self) -> bool:
-        """Whether the torch class takes a list of stages and waits for their sends at a step's end."""
+        """Whether the torch class takes a list of stages and waits for sends at a step's end."""
         return issubclass(self.drives, PipelineScheduleMulti)
 
 
 def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
-    """Return the order that Schedule1F1B executes. In torch 2.13, the unused list `pipeline_order` is wrong: the last
-    stage starts at micro-batch 1.
-    """
+    """Return Schedule1F1B's real order; in torch 2.13, its list `pipeline_order` is unused and wrong."""
     warm_up = min(micro_batches, pp - rank)
     forwards = [Action("F", rank, m) for m in range(micro_batches)]
     backwards = [Action("B", rank, m) for m in range(micro_batches)]
@@ -70,9 +63,9 @@ ORDERS: dict[str, TorchOrder] = {
 def schedule_actions(
     name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
 ) -> list[list[Action]]:
-    """Return every rank's actions in torch's order under this schedule. The result is cached: do not change it.
+    """Return every rank's actions in torch's order. The result is cached: do not change it.
 
-    virtual: value of parallel.virtual_stages. overlap: whether the forward and backward of a pair run together.
+    overlap: whether the passes of a pair run together.
     """
     order = ORDERS[name]
     if order.of_rank is not None:
@@ -93,9 +86,7 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass without lists of communication actions. Plans do not need these lists, and torch builds them
-    slowly.
-    """
+    """Return a subclass without communication actions, which torch builds slowly."""
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time
         def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:

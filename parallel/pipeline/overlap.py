@@ -1,9 +1,9 @@
 """Interleaves the forward of one micro-batch and the backward of another, so that compute hides communication.
 
-Inside an expert layer, a forward or backward cannot hide its own all-to-all, because its next GEMM needs the data. But
-the forward can compute while the backward communicates, and the reverse (paper 3.2.1). So both run as lanes that take
-turns. A lane launches an asynchronous all-to-all, then calls `yield_point()`, and then waits. The backward lane goes
-first, which gives the paper's order for each pair of layers (deepseek_v3.md 5.3):
+Inside an expert layer, a pass cannot hide its own all-to-all, because its next GEMM needs the data. But each pass can
+compute while the other communicates (paper 3.2.1). So both run as lanes that take turns. A lane launches an
+asynchronous all-to-all, then calls `yield_point()`, and then waits. The backward lane goes first, which gives the
+paper's order for each pair of layers:
 
     backward lane                          forward lane
     begin combine(B)           ->
@@ -15,20 +15,15 @@ first, which gives the paper's order for each pair of layers (deepseek_v3.md 5.3
                                <-
     wait, attn(B), attn(W)     ->          wait                              combine(F) is hidden by attn(B), attn(W)
 
-F is the forward, B the backward of inputs, W the backward of weights. In the paper, mlp(W) hides dispatch(B) instead.
-Here, autograd computes both gradients of a GEMM in one node.
-
-The backward lane is a second thread, because autograd cannot be paused otherwise. A token, called the baton, lets
-exactly one lane run at a time, so there is no data race.
+F is the forward, B the backward of inputs, W the backward of weights. The backward lane is a second thread, because
+autograd cannot be paused otherwise. A token, called the baton, lets exactly one lane run at a time.
 
 The ranks cannot deadlock, because all ranks of a group issue its collectives in the same order:
 
-    - Ranks of an expert group, and ranks that share sequences, hold the same stages and run the same actions.
-    - Within a pair, the order depends only on each lane's yield points. A lane passes the baton only at a yield point
-      or at its end, never after some time. After the end of one lane, the other lane runs to its end.
-    - The yield points depend on the stage's layers, never on data: a dispatcher yields even if it has no row to send.
-    - Collectives of ranks that share sequences (parallel/context.py, the router's expert counts) have no yield point. A
-      lane issues such a collective and waits for it in one turn.
+    - Ranks of an expert group, and ranks that share sequences, run the same actions of the same stages.
+    - A lane passes the baton only at a yield point or at its end, never after some time.
+    - Yield points depend on the stage's layers, never on data: a dispatcher yields even without rows.
+    - Collectives of ranks that share sequences have no yield point: a lane issues and awaits them in one turn.
     - Pipeline sends and receives are never inside a pair.
 """
 
@@ -42,34 +37,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-if TYPE_CHECKING:  # dispatchers import this file for yield_point; at run time it must not load torch's pipelining
+if TYPE_CHECKING:  # dispatchers need yield_point, so at run time this file must not load torch's pipelining
     from parallel.pipeline.stage import Stage
 
 _FORWARD, _BACKWARD = 0, 1
 _NAMES = ("forward", "backward")
 
 _current: "_Pair | None" = None
-# The pair that runs in this process, if any. A dispatcher's backward runs in a thread of autograd (one thread per CUDA
-# device). That thread inherits neither thread-locals nor context variables from the lane. So the pair is a global
-# variable. Only one lane runs at a time, so the caller of yield_point() is always the lane with the baton.
+# The pair that runs in this process, if any. It is global, because a dispatcher's backward runs in autograd's thread.
+# That thread inherits neither thread-locals nor context variables. Only the lane with the baton calls yield_point().
 
 
 def yield_point() -> None:
-    """Let the other of two overlapped passes compute. Call this between the launch of an asynchronous transfer and the
-    wait for it. Does nothing if no passes overlap, or after the other pass has ended.
+    """Let the other of two overlapped passes compute, if there is one.
+
+    Call this between the launch of an asynchronous transfer and the wait for it.
     """
     if _current is not None:
         _current.hand_over()
 
 
 class LaneStopped(RuntimeError):
-    """Raised in the waiting one of two overlapped passes if the other failed. The user sees the other's error."""
+    """Raised in a waiting lane if the other lane failed; the user sees the other error."""
 
 
 class Lanes:
     """Runs a forward and a backward in turns, as lanes. One thread runs all backwards; `close` ends it.
 
-    timeout: maximum seconds that a lane waits for its turn, more than the longest collective.
+    timeout: maximum seconds that a lane waits for its turn; more than the longest collective.
     """
 
     def __init__(self, device: torch.device, timeout: float = 600.0):
@@ -78,9 +73,7 @@ class Lanes:
         threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
 
     def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run both functions as lanes and return their results; `forward` runs in the calling thread. Raises the first
-        error of either lane.
-        """
+        """Run both functions as lanes, `forward` in the calling thread. Raises the first error of either lane."""
         global _current
         assert _current is None, "one pair at a time"
         _current = pair = _Pair(self._timeout)
@@ -101,14 +94,14 @@ class Lanes:
 
 
 def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    """The thread of all backward lanes: runs these lanes one after another."""
+    """The thread that runs all backward lanes."""
     while (job := work.get()) is not None:
         job()
-        del job  # the job holds the graph of its micro-batch, which must be freed before the next job comes
+        del job  # the job holds its micro-batch's graph, which must be freed now
 
 
 def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Return a function that runs `work` on the current stream, instead of the default stream of its thread."""
+    """Return a function that runs `work` on the current stream, not its thread's default stream."""
     if device.type != "cuda":
         return work
     stream = torch.cuda.current_stream(device)
@@ -121,9 +114,7 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that runs `work` under the caller's dispatch modes. torch keeps modes per thread, but a memory
-    count must see both threads.
-    """
+    """Return a function that runs `work` under the caller's dispatch modes, which are per thread."""
     modes = _get_current_dispatch_mode_stack()
     if not modes:
         return work
@@ -138,7 +129,7 @@ def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class _Pair:
-    """One run of two lanes: which lane may run now, and the results."""
+    """One run of two lanes: whose turn it is, and results."""
 
     def __init__(self, timeout: float):
         self.results: list[Any] = [None, None]
@@ -150,11 +141,11 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane: wait for its first turn, run `work`, then let the other lane run, even after an error."""
+        """Run one lane: wait for its turn, run `work`, let the other lane run, even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
-        except BaseException as error:  # the error is stored; Lanes.run raises it once both lanes have ended
+        except BaseException as error:  # Lanes.run raises the error once both lanes have ended
             if self.error is None:
                 self.error = error
         self._turn = 1 - lane
@@ -162,7 +153,7 @@ class _Pair:
         self._baton[1 - lane].release()
 
     def hand_over(self) -> None:
-        """Let the other lane run, and wait for this lane's next turn."""
+        """Let the other lane run, and wait for the next turn."""
         lane = self._turn
         if self._ended[1 - lane].is_set():
             return
@@ -171,7 +162,7 @@ class _Pair:
         self._await_turn(lane)
 
     def await_end(self, lane: int) -> None:
-        """Wait until this lane has ended, with or without an error. Raises TimeoutError if it does not end."""
+        """Wait until this lane has ended, even with an error. Raises TimeoutError if it does not."""
         if not self._ended[lane].wait(self._timeout):
             raise TimeoutError(f"the {_NAMES[lane]} lane did not end within {self._timeout} s") from self.error
 
@@ -185,10 +176,9 @@ class _Pair:
 
 
 def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
-    """Return the function that torch's runtime runs for an OVERLAP_F_B action of DualPipeV (register_custom_function).
+    """Return the function that torch's runtime runs for DualPipeV's action OVERLAP_F_B.
 
-    As in torch's function, the pair starts when both inputs have arrived, and sends both results at its end. But here
-    the forward and the backward take turns.
+    As in torch's function, the pair waits for both inputs, and sends both results at its end.
     """
 
     def run_pair(action: Any, context: Any) -> None:
@@ -218,9 +208,7 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for the message of a neighbouring stage. local: whether that stage is on this rank. If so, there is no
-    message, because the stage has already passed its tensor on.
-    """
+    """Wait for a neighbouring stage's message. local: whether that stage is on this rank, without messages."""
     if not local:
         for work in posted.pop((stage, micro_batch)):
             work.wait()

@@ -1,13 +1,11 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
 torch.distributed.pipelining orders the actions and transfers data between stages. Every rank of a pipeline reads the
-same batch. tokens_BS and the caller's other tensors are cut into micro-batches along B, and passed to every chunk as
-keyword arguments. So only hidden states are sent between stages. The last chunk returns its loss with shape (1,), so no
-logits leave it.
+same batch and cuts it into micro-batches along B. So only hidden states are sent between stages. The last chunk returns
+its loss with shape (1,).
 
 The schedule divides each loss by the number of micro-batches and sums the gradients. If data-parallel pipelines have
-different numbers, the divisor is their mean. A model without pipeline parallelism is a pipeline of one stage, with the
-1F1B order F0 B0 F1 B1 ...
+different numbers, the divisor is their mean. Without pipeline parallelism, the order is F0 B0 F1 B1 ...
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
@@ -33,7 +31,7 @@ Chunk = TypeVar("Chunk", bound=nn.Module)
 
 
 class Pipeline(Generic[Chunk]):
-    """The chunks of the model that this rank holds, as stages of a pipeline."""
+    """This rank's chunks of the model, as stages of a pipeline."""
 
     def __init__(
         self,
@@ -53,18 +51,14 @@ class Pipeline(Generic[Chunk]):
     ):
         """Set up this rank's part of the pipeline. Collective over the group.
 
-        name: name of the schedule
         modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...); x is
             tokens_BS for stage 0, and hidden states (B, T, D) for other stages
-        stage_ids: stage index of each chunk
-        num_stages: number of stages of the pipeline
         group: ranks of this pipeline in order; None for all ranks
-        hidden: hidden width D
-        dtype: dtype of the hidden states between stages
-        cp: ranks that share each sequence. Only T = (S - 1) / cp positions are sent between stages
-        overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other
-        timeout: maximum seconds that one half of a pair waits for the other
-        host: stores activations of the chunks; the pipeline reports every action to it
+        hidden, dtype: width D and dtype of the hidden states
+        cp: ranks that share each sequence; T = (S - 1) / cp
+        overlap: whether the passes of a pair take turns (overlap.py)
+        timeout: maximum seconds that one pass of a pair waits for the other
+        host: store of the chunks' activations; every action is reported to it
         """
         each = len(modules)
         self.facts = SCHEDULES[name]
@@ -74,13 +68,11 @@ class Pipeline(Generic[Chunk]):
         self.timeline = timeline_of(device)
         """Times of each action in the last steps."""
         self.stage_type: type[Stage] = Stage
-        """Class of the stages. It may be changed before the first step."""
+        """Class of the stages; replaceable before the first step."""
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
         """Function that is called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Function that is called with a chunk's index when the chunk's gradients are complete. The rank's last chunk
-        is left out.
-        """
+        """Called with a chunk's index when its gradients are complete, except for the rank's last chunk."""
         self._left: dict[int, int] = {}
         """For each stage: backward passes that this step has not completed."""
         self._host = host
@@ -89,8 +81,8 @@ class Pipeline(Generic[Chunk]):
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
-            # torch opens the group's communicator when two ranks first send and receive. But NCCL needs all ranks of
-            # the group to open a communicator. So this all-reduce opens it.
+            # NCCL needs all ranks of the group to open its communicator. In torch, the first two ranks that communicate
+            # would open it, so this all-reduce comes first.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
@@ -110,14 +102,14 @@ class Pipeline(Generic[Chunk]):
     ) -> Tensor | None:
         """Run all micro-batches forward and backward. Adds gradients to the parameters' .grad.
 
-            tokens_BS: int64, equal on every rank of the pipeline. micro_batches divides B
-            documents_BS: int32 or None, on the host, equal on every rank of the pipeline
-            supervised_BS: bool or None, on the host, equal on every rank of the pipeline
-            more: tensors (B, ...) that every chunk gets as keyword arguments with these names
+            tokens_BS: int64; micro_batches divides B
+            documents_BS: int32 or None, on the host
+            supervised_BS: bool or None, on the host
+            more: tensors (B, ...) that every chunk gets as keyword arguments
             mean: divisor of the losses, by default micro_batches
 
-        Returns the sum of the divided losses, a detached scalar, on the rank with the last stage, and None on the
-        others.
+        The first three must be equal on every rank of the pipeline. Returns the sum of the divided losses, a detached
+        scalar; None on ranks without the last stage.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS) | more
@@ -126,12 +118,11 @@ class Pipeline(Generic[Chunk]):
         if self._host is not None:
             self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
-            # torch requires a target, but its values are not used, because the last chunk reads its targets from
-            # tokens_BS.
+            # torch requires a target, but the last chunk reads tokens_BS.
             try:
                 schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
             except BaseException:
-                self._schedules.clear()  # the failed schedule still holds the losses and graphs of its micro-batches
+                self._schedules.clear()  # the failed schedule still holds losses and graphs
                 raise
         return torch.stack(losses).sum().detach() if self.has_last else None
 
@@ -164,13 +155,12 @@ class Pipeline(Generic[Chunk]):
         micro_batches: int,
         **more: Tensor,
     ) -> list[Tensor]:
-        """Return the last stage's output for every micro-batch, without gradients. Other ranks return an empty list.
+        """Return the last stage's output for every micro-batch, without gradients; an empty list on other ranks.
 
         The arguments are those of `step`; micro_batches may be any divisor of B. Modules are in eval mode.
 
-        In time slot t, stage s runs micro-batch t - s. Between two slots all ranks exchange outputs in one batch of
-        sends and receives, in the same order. So the ranks cannot deadlock, even with several stages per rank. torch's
-        schedules cannot run only the forward of several stages per rank.
+        In time slot t, stage s runs micro-batch t - s. Between two slots, all ranks exchange outputs in one batch of
+        sends and receives. torch's schedules cannot run only the forward of several stages per rank.
         """
         was_training = [module.training for module in self.modules]
         try:
@@ -202,9 +192,7 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send this rank's outputs of a time slot (see `forward`) to the next stages. Return the inputs of this rank's
-        stages for the next slot.
-        """
+        """Send this rank's outputs of a time slot. Return its stages' inputs for the next slot."""
         inputs, transfers = {}, []
         for (stage, m), output in outputs.items():
             if stage + 1 in self.stage_ids:
@@ -224,9 +212,7 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """Return the torch schedule for this number and shape of micro-batches. During a ramp of the batch size, the
-        number changes.
-        """
+        """Return the torch schedule for micro-batches of this number and shape."""
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
         key = (micro_batches, B // micro_batches, S, mean)
@@ -262,7 +248,7 @@ class Pipeline(Generic[Chunk]):
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
-        """Return this rank's actions in a step, and its stages whose backward cannot be split in two."""
+        """Return this rank's actions in a step, and its stages whose backward cannot be split."""
         each = len(self.modules)
         actions = schedule_actions(
             self.facts.name, self.num_stages // each, micro_batches, each, self._lanes is not None
@@ -275,7 +261,7 @@ class Pipeline(Generic[Chunk]):
     def _acting(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Run one action of a step inside the block, and record it. Arguments as in `Timeline.action`."""
+        """Run one action inside the block, and record it. Arguments as in `Timeline.action`."""
         self.on_action(kind, stage, micro_batch)
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:
@@ -289,9 +275,7 @@ class Pipeline(Generic[Chunk]):
             self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
-        """Return an example of the tensor at stage `boundary`: tokens before stage 0, the loss after the last stage,
-        else hidden states.
-        """
+        """Return an example of the tensor before stage `boundary`: tokens, hidden states or, last, the loss."""
         if boundary == 0:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
         if boundary == self.num_stages:
@@ -300,6 +284,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Return a chunk's keyword arguments, except its tokens. A tensor that is None is left out."""
+    """Return a chunk's keyword arguments, except tokens and None."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

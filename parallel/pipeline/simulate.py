@@ -1,7 +1,7 @@
 """Computes how long a schedule takes if its actions (orders.py) have given durations. It needs no ranks.
 
-F is a forward, B a backward, I a backward of inputs, W a backward of weights, m a micro-batch. Each rank runs its
-actions in order. An action starts when the rank is free and the action's inputs have arrived:
+F is a forward, B a backward, I a backward of inputs, W a backward of weights, m a micro-batch. An action starts when
+its rank is free and the action's inputs have arrived:
 
     F(stage, m) needs F(stage - 1, m);    B or I(stage, m) needs B or I(stage + 1, m) and F(stage, m);
     W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs the inputs of both halves.
@@ -18,11 +18,11 @@ class Simulation:
     """The result of a simulation, for all ranks."""
 
     makespan: float
-    """Seconds from the first start of an action on any rank to the last end."""
+    """Seconds from the first start to the last end."""
     busy: list[float]
     """For each rank: seconds in which it computes."""
     starts: list[list[float]]
-    """For each rank: the start of every action in seconds, in the rank's order."""
+    """For each rank: the start of every action in seconds."""
 
     @property
     def bubble(self) -> float:
@@ -31,15 +31,15 @@ class Simulation:
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's compute time divided by the mean of all ranks."""
+        """The busiest rank's compute time divided by the mean."""
         return max(self.busy) * len(self.busy) / sum(self.busy)
 
 
 def what_runs(action: Action, one_piece: bool) -> str:
     """Return what torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
-    one_piece: whether the stage's backward cannot be split into I and W. If so, torch runs the complete backward at I
-    and nothing at W. In the first stage, a backward that can be split runs completely at W, and nothing runs at I.
+    one_piece: whether the stage's backward cannot be split into I and W. If so, torch runs B at I and nothing at W.
+    Otherwise, torch runs nothing at I and B at W in the first stage.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -47,10 +47,9 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
-    """Return the stages of a rank whose gradients are complete before the rank's last backward.
+    """Return the stages of a rank whose gradients are complete before the rank's last backward, in order of completion.
 
-    The keys are these stages, in the order of completion. The values are the indexes in `actions` of each stage's last
-    backward. one_piece: stages whose backward cannot be split; see `what_runs`.
+    The value is the index in `actions` of the stage's last backward. one_piece: stages whose backward cannot be split.
     """
     ends = {
         part.stage: place
@@ -67,18 +66,15 @@ def simulate(actions: list[list[Action]], duration: Callable[[Action], float], t
 
 
 class Program:
-    """All actions of all ranks, each after the actions that it needs.
-
-    The order does not depend on durations, so one Program can be run with many durations.
-    """
+    """All actions of all ranks, each after the actions that it needs. One program runs with many durations."""
 
     def __init__(self, actions: list[list[Action]]):
-        """Order the actions. actions: one list per rank. Raises AssertionError if ranks would wait for each other."""
+        """Order the actions, one list per rank. Raises AssertionError if ranks would wait for each other."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """For each kind of action: index and first action. Only the micro-batch differs within a kind."""
+        """For each kind of action (all but the micro-batch): index and first action."""
         self._steps: list[tuple[int, int, list[int]]] = []
-        """For each action: rank, index of its kind, and the indexes in this list of needed actions on other ranks."""
+        """For each action: rank, index of its kind, and indexes of the actions needed from other ranks."""
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
@@ -105,8 +101,8 @@ class Program:
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
         """Return a simulation with these durations.
 
-        duration: function from an action to its seconds, independent of the micro-batch; an FB is one action. transfer:
-        seconds until a result reaches a stage on another rank.
+        duration: seconds of an action, whatever its micro-batch; an FB is one action. transfer: seconds until a result
+        reaches another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)
@@ -136,7 +132,7 @@ def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _result(part: Action) -> tuple[str, int, int]:
-    """Return the key of an action's result. The gradient of inputs has the same key for B and I."""
+    """Return the key of an action's result, equal for B and I."""
     return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
 
 

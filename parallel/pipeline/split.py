@@ -1,18 +1,16 @@
 """Assigns layers to pipeline stages, and so to ranks. Does not import torch.
 
-The rank with the most work, of one stage or two, determines the pipeline's speed. The split starts from equal numbers
+The rank with the most work, in one stage or two, determines the pipeline's speed. The split starts from equal numbers
 of layers. Each improving step moves one layer from one stage to another: every stage between the two passes one layer
 on. Splits are compared by these values, in this order; smaller is better:
 
     1. the maximum cost of a rank
-    2. the sum of the squared costs of ranks, which is smallest for equal costs
+    2. the sum of the squared costs of ranks
     3. the sum of the squared costs of stages
     4. the number of layers in early stages, which hold the activations of more micro-batches
 
-With equal costs of layers, the result is optimal. With a few cheaper layers, the maximum cost of a rank exceeds the
-optimum by at most the cost of one cheap layer.
-
-The first stage has the embedding; the last stage has the head and the MTP modules. So both may have no layers.
+With equal costs of layers, the result is optimal. With a few cheaper layers, the maximum exceeds the optimum by at most
+the cost of one of them.
 """
 
 from collections.abc import Sequence
@@ -20,9 +18,7 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return the layers of each stage, as consecutive ranges of nearly equal length. If there are too few layers, the
-    first and the last stage have none.
-    """
+    """Return each stage's layers, in nearly equal numbers. With too few layers, the end stages have none."""
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
         bounds = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers]
@@ -30,7 +26,7 @@ def split_layers_evenly(layers: int, stages: int) -> list[range]:
 
 
 def split_as_given(lengths: Sequence[int]) -> list[range]:
-    """Return the layers of each stage as consecutive ranges. lengths: layers per stage."""
+    """Return each stage's layers as consecutive ranges. lengths: layers per stage."""
     return [range(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
 
 
@@ -39,9 +35,7 @@ def split_layers(
 ) -> list[range]:
     """Return the layers of each stage as consecutive ranges. Only the first and the last stage may be empty.
 
-    costs: cost of every layer, in any unit
-    first_cost: extra cost of the first stage (embedding), in the same unit
-    last_cost: extra cost of the last stage (head, loss, MTP modules), in the same unit
+    first_cost, last_cost: extra costs of these stages (embedding; head, loss and MTP modules)
     placement: stages of every rank
     """
     stages, layers = sum(map(len, placement)), len(costs)
@@ -54,7 +48,7 @@ def split_layers(
         work[-1] += last_cost
         ranks = [sum(work[stage] for stage in own) for own in placement]
         squares = (sum(cost * cost for cost in part) for part in (ranks, work))
-        # A sum of the same costs in another order differs in the last digits. Rounding makes such sums equal.
+        # Rounding makes sums of the same costs in another order equal.
         return *(float(f"{figure:.9e}") for figure in (max(ranks), *squares)), sum(bounds)
 
     def allowed(bounds: list[int]) -> bool:
@@ -74,6 +68,6 @@ def split_layers(
 
 
 def _move(bounds: list[int], source: int, target: int) -> list[int]:
-    """Move one layer from stage `source` to stage `target`. Stages between them keep their number of layers."""
+    """Move one layer between two stages. Stages between them keep their number of layers."""
     low, high, step = (source, target, -1) if source < target else (target, source, 1)
     return [bound + step if low < number <= high else bound for number, bound in enumerate(bounds)]

@@ -1,8 +1,7 @@
 """A chunk of the model as a stage of torch's pipeline runtime, with timed actions and less memory.
 
-torch's stage allocates the receive buffers of all micro-batches at its start. For example, 120 micro-batches of 4096 x
-7168 bf16 values take 7 GB per direction and stage. Here, a buffer is created when its receive is posted, and freed
-after its action; before, it is on the meta device. The graph of a loss is freed right after its backward.
+torch's stage allocates the receive buffers of all micro-batches at its start, which may take 7 GB. Here, a buffer
+exists from its receive to the end of its action. The graph of a loss is freed right after its backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +13,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.distributed.pipelining import PipelineStage
 
-# Changes to torch's backward in two parts, the backward of inputs and then the backward of weights.
+# Changes to torch's split backward: first of inputs, then of weights.
 
 
 def kept_graph(output: Tensor) -> Node | None:
     """Return an object that keeps an output's graph alive for its backward of weights. Call this before the backward of
     inputs, which releases the graph.
 
-    The backward of weights starts from nodes of the graph. Before torch 2.13, a reference to the node of a Python
-    function does not keep the node alive. From torch 2.13 on, the reference is enough: the result is None, and torch
-    can free the rest of the graph.
+    From torch 2.13 on, the result is None, because torch keeps the needed nodes itself.
     """
     if torch.__version__ >= "2.13":
         return None
@@ -32,9 +29,9 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """Run the backward of weights: add to every weight's `.grad`. groups: result of torch's stage_backward_input.
+    """Run the backward of weights, which adds to `.grad`. groups: result of torch's stage_backward_input.
 
-    With torch's version, a GEMM could not add to a weight gradient itself (train/model/weight_gradient.py).
+    In torch's version, a GEMM could not add to a weight gradient itself.
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
@@ -45,8 +42,7 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
             continue
         edges, gradients = zip(*arrived, strict=True)
         with ExitStack() as hooks:
-            # The hook replaces a node's gradient by the stored one. Otherwise, if another node of the pairs leads to
-            # this node, its gradient would be counted twice.
+            # The hook replaces a node's gradient by the stored one, so another node of the pairs cannot add to it.
             for node, ones in pairs if len(pairs) > 1 else ():
                 hooks.callback(node.register_prehook(lambda _, ones=ones: ones).remove)
             torch.autograd.backward(edges, gradients, inputs=[node.variable for node in group["params"]])
@@ -55,8 +51,8 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
 class Stage(PipelineStage):
     """A torch PipelineStage whose tensor shapes are given in advance.
 
-    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad). acting: function with the
-    arguments of `Timeline.action` that returns an action's context manager.
+    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad). acting: context of an action,
+    like `Timeline.action`.
     """
 
     def __init__(
@@ -75,15 +71,12 @@ class Stage(PipelineStage):
         )
         self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
-        """Whether the module's backward cannot be split. If so, the backward of inputs runs the complete backward."""
+        """Whether the module's backward cannot be split, and runs completely as the backward of inputs."""
         self._graphs: dict[int, Node | None] = {}
-        """Graphs kept alive by `kept_graph`, by micro-batch, between the backward of inputs and the backward of
-        weights.
-        """
+        """Graphs kept by `kept_graph` until the backward of weights, by micro-batch."""
 
     def _get_init_p2p_neighbors_ops(self):
-        # torch 2.11 sends a first message to the neighbours of every stage. A rank that holds two neighbouring stages
-        # would send to itself, which gloo cannot do.
+        # torch 2.11 sends a first message to the neighbours of every stage. gloo cannot send it to the same rank.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     # Receive buffers
@@ -137,9 +130,9 @@ class Stage(PipelineStage):
         return (), None
 
     def run_forward(self, micro_batch: int, *args, **kwargs):
-        """Run forward_one_chunk without recording, for a caller that records a pair as one action."""
+        """Run forward_one_chunk unrecorded, for a caller that records a pair as one action."""
         output = super().forward_one_chunk(micro_batch, *args, **kwargs)
-        # The graph holds the activations for backward, so the receive slot must not hold the input buffer as well.
+        # The graph holds the activations, so the receive slot can release the input buffer.
         _move(self.args_recv_info[micro_batch], torch.device("meta"))
         return output
 
@@ -154,34 +147,28 @@ class Stage(PipelineStage):
         if not self.is_last:
             _move(self.grad_recv_info[micro_batch], torch.device("meta"))
         elif full_backward:
-            # The schedule stores every loss until the step ends, and a loss holds its graph.
+            # The schedule stores every loss, and so its graph, until the step ends.
             assert loss is not None
             loss.detach_()
 
 
 def _move(infos: tuple, device: torch.device) -> None:
-    """Replace the buffers of these receive slots by new ones on the device, without their contents."""
+    """Replace these receive slots' buffers by new ones on the device."""
     for info in infos:
         buffer = getattr(info, "buffer", None)
         if buffer is not None:
             info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
 
 
-# A stage that runs without its neighbours, in a dry run: one rank of a pipeline runs alone under torch's fake process
-# group, which moves no data.
-#
-# The stage computes on random hidden states and gradients, and sends nothing.
+# A stage of a rank that runs alone in a dry run, under torch's fake process group, which moves no data. It computes on
+# random hidden states and gradients.
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Standard deviations of random hidden states and of random gradients. A block normalises hidden states, and gradients
-of a mean over many tokens are small.
-"""
+"""Standard deviations of random hidden states and of random gradients."""
 
 
 class LoneStage(Stage):
-    """A stage without its neighbours; see the comment above. Only the values of received tensors differ from a real
-    run.
-    """
+    """A stage without neighbours. Only the values of received tensors differ from a real run."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)
@@ -194,8 +181,7 @@ class LoneStage(Stage):
             _fill(self.grad_recv_info[bwd_chunk_id], GRADIENT_STD)
         return ops
 
-    # In a real run, all stages exchange messages to agree that shapes are static. A stage without neighbours would wait
-    # for these messages forever.
+    # Real stages first exchange messages, for which a lone stage would wait forever.
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
         return torch.tensor([1], dtype=torch.int32, device=self.device)

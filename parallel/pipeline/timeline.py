@@ -1,8 +1,7 @@
 """Records the times of each action of a step on this rank, and so measures the pipeline's bubble in the run itself.
 
-On CUDA, events on the current stream mark the times. The host reads events long after they completed, so it never
-waits. On CPU, a clock is read. Between actions, the rank waits for a neighbour's data or for a send. The bubble is the
-fraction of the step without an action: bubble = 1 - busy / span.
+CUDA events mark the times; on CPU, a clock is read. The bubble is the fraction of the step without an action: bubble =
+1 - busy / span.
 """
 
 import time
@@ -70,8 +69,7 @@ class _Clock(Protocol[Moment]):
 
 
 _Mark = tuple[str, int, int, tuple[int, int] | None, Moment, Moment]
-# A tuple of kind, stage, micro_batch and backward (as in ActionRecord), and of two times of the clock: the start and
-# the end of the action.
+# Tuples of kind, stage, micro_batch, backward (as in ActionRecord), and the action's start and end.
 
 
 class Timeline(Generic[Moment]):
@@ -95,13 +93,13 @@ class Timeline(Generic[Moment]):
     def action(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Record the block as one action. Arguments: fields of ActionRecord with these names."""
+        """Record the block as one action. Arguments as in ActionRecord."""
         start = self._clock.now()
         yield
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """Return the newest step whose times are all known. On CUDA, it may be the step before the last."""
+        """Return the newest step whose times are known. On CUDA, it may be the one before the last."""
         self._settle()
         return self._newest
 
@@ -133,7 +131,7 @@ class _WallClock:
 
 
 class _EventClock:
-    """A clock with CUDA events on the current stream. Events are reused after they are read."""
+    """A clock with reused CUDA events on the current stream."""
 
     def __init__(self):
         self._free: list[torch.cuda.Event] = []

@@ -1,1 +1,1 @@
-"""ZeRO: optimizer state, gradients and weights sharded over data-parallel ranks, by DeepSpeed."""
+"""ZeRO by DeepSpeed: optimizer state, gradients and weights sharded over ranks."""

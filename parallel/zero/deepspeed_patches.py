@@ -1,17 +1,15 @@
 """Changes DeepSpeed before Sluice builds its engine on it. Checked against DeepSpeed 0.19.8 and 0.19.9.
 
-    sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if unused, and their
-                           import loads torch's whole compiler (0.9 s of a core).
+    sys.modules            Two unused Muon modules are empty; DeepSpeed's own load torch's whole compiler (0.9 s of a
+                           core).
     __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off: they build for two minutes and
                            sometimes abort.
     environment            DS_ACCELERATOR, LOCAL_SIZE and LOCAL_RANK are set. Otherwise DeepSpeed searches for an
                            accelerator, starts numactl for every bucket of gradients, and puts stage 3's weights on
                            another device.
-    groups' tables         Sluice's expert groups are added under the name that marks their parameters. Otherwise
-                           DeepSpeed would create groups in its own order.
-    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look
-                           for its own class. The check of the optimizer's type accepts Sluice's optimizers. The check
-                           of experts at stage 3 is skipped, because `mark_experts` marks their placement.
+    groups' tables         Sluice's expert groups are added under the name that marks their parameters.
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts. The check of the optimizer's
+                           type accepts Sluice's optimizers. The check of experts at stage 3 is skipped.
 
 whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each.
 """
@@ -34,7 +32,7 @@ DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
 
 
 def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import DeepSpeed without its log messages and, on CPU, without three slow steps (see the top of the file)."""
+    """Import DeepSpeed without log messages and, on CPU, without slow steps (see the top of the file)."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_SIZE"] = "1"
@@ -54,7 +52,7 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
 
 
 def _unused_class(name: str) -> type:
-    """Return a placeholder class for any name that is imported from an emptied module."""
+    """Return a placeholder for any class that is imported from an emptied module."""
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
@@ -87,7 +85,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip DeepSpeed's check of experts at stage 3, because `mark_experts` marks their placement."""
+            """Skip the check of experts at stage 3; `mark_experts` marks their placement."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:
@@ -97,7 +95,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
 
 
 class MeshAsMpu:
-    """Returns the process groups for which DeepSpeed asks. A pipeline's ranks are DeepSpeed's "model parallel" group."""
+    """Returns DeepSpeed's process groups. A pipeline is DeepSpeed's "model parallel" group."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

@@ -1,19 +1,17 @@
 """Runs DeepSpeed ZeRO around the chunks of one rank. Only the files of this folder import deepspeed.
 
 A rank's engine holds a ModuleList of its chunks; the pipeline gets the raw modules. Master weights are fp32 shards.
-Gradients are fp32 even for bf16 weights. Sluice's optimizer holds the optimizer state. whole_weights.py (stages 1 and
-2) or sharded_weights.py (stage 3) stores weights and gradients.
+Gradients are fp32 even for bf16 weights. whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3) stores both.
 
-At stages 1 and 2, a step ends with these calls, in this order. At stage 3, every backward reduces gradients, and only
-the calls from `Zero.step` on are the same.
+At stages 1 and 2, a step ends with these calls. At stage 3, every backward reduces gradients, and only the calls from
+`Zero.step` on are the same.
 
     accumulate        At the end of its block, missing gradients become zeros, and `Zero._close` sums the gradient of a
                       tied weight. Then DeepSpeed reduces all gradients that ranks share, into their shards.
-    Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes it over all
-                      ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
-                      factor.
-    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. `step` applies the factor (`GradientHandover`)
-                      and updates masters and state. Then DeepSpeed casts the masters to weights and gathers them.
+    Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes it and names
+                      gradients that are not finite. `WholeWeights._take_norm` computes the clipping factor.
+    ShardedOptimizer  If the norm is finite, its `step` applies the factor (`GradientHandover`) and updates masters and
+                      state. Then DeepSpeed casts the masters to weights and gathers them.
     forget_gradients  Drops the gradients.
 """
 
@@ -55,23 +53,19 @@ class WeightFacts:
     """What ZeRO must know about the weights of a rank's chunks."""
 
     is_expert: Callable[[str], bool]
-    """Whether the parameter with this global name is a weight of experts."""
+    """Whether the parameter with this global name is an expert weight."""
     is_frozen: Callable[[str], bool] = lambda _: False
     """Whether the parameter with this global name is frozen. A frozen parameter gets no gradient."""
     tied: nn.Parameter | None = None
-    """A parameter that the first and the last rank of the pipeline hold; None if there is none. Its gradients are
-    summed over both ranks.
-    """
+    """The parameter that the pipeline's first and last rank both hold. Its gradients are summed over both."""
     units: tuple[type[nn.Module], ...] = ()
     """Types of modules whose weights are gathered together at stage 3."""
     draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
-    """For each weight: the function that allocates and initialises it, called when stage 3 shards the weight. Empty if
-    all weights already exist.
-    """
+    """For each weight: the function that initialises it when stage 3 shards it. Empty if all weights exist."""
 
 
 class Zero:
-    """The ZeRO engine of one rank. Each parameter has a global name, which its chunk defines."""
+    """The ZeRO engine of one rank. A parameter's global name comes from its chunk."""
 
     def __init__(
         self,
@@ -85,19 +79,14 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Weights without gradient, master and state, by name. No checkpoint contains them. At ZeRO stage 3, they are
-        sharded; else every rank of a pipeline stage holds them completely.
-        """
+        """Weights without gradient, master and state; no checkpoint contains them."""
         self.shapes = {param: tuple(param.shape) for param in names}
-        # The first and the last pipeline rank both hold the tied parameter. The last rank's copy is left out of the
-        # norm and of checkpoints.
+        # The last rank's copy of the tied parameter is left out of the norm and of checkpoints.
         self.copy = about.tied if about.tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
-        """Called before every update with copies of the reduced gradients in this rank's shard, by logical name."""
+        """Called before every update with copies of this rank's shard of reduced gradients, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """Called with every complete gradient of this rank before it is reduced: once per step at stages 1 and 2, once
-        per micro-batch at stage 3.
-        """
+        """Called with every complete gradient before it is reduced: per step, or per micro-batch at stage 3."""
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
         expert_name = mark_experts(names, about.is_expert, mesh)
@@ -125,10 +114,7 @@ class Zero:
         members: list[list[nn.Parameter]],
         frozen: set[nn.Parameter],
     ) -> ShardedWeights | WholeWeights:
-        """Return the object that holds weights and gradients at this ZeRO stage.
-
-        members: parameters of each group of the optimizer.
-        """
+        """Return the object that holds weights and gradients. members: parameters of each optimizer group."""
         if settings.stage == 3:
             trained = {param: self.shapes[param] for param in self.names}
             return ShardedWeights(
@@ -152,22 +138,15 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Make the next update multiply rows of master weights by factors, after the optimizer has changed these rows.
-
-        factors: one factor per row, by weight name.
-        """
+        """Make the next update also multiply rows of master weights. factors: one per row, by weight name."""
         self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return a context manager for everything between two optimizer steps. At the end of its block, gradients are
-        reduced.
-        """
+        """Return the context for everything between two optimizer steps. At its end, gradients are reduced."""
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Tell the engine that a chunk's gradients are complete while other chunks of the rank still run. ZeRO stages 1
-        and 2 then reduce these gradients at once.
-        """
+        """Report a chunk with complete gradients while others still run. Stages 1 and 2 reduce them at once."""
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
             own = others.pop(chunk)
@@ -177,7 +156,7 @@ class Zero:
     def step(self, valid: bool | Tensor = True) -> Update:
         """Clip the gradients, update the shard and gather the weights. Waits for the device once.
 
-        The update is skipped if a gradient is not finite or if `valid`, possibly a scalar on the device, is false.
+        The update is skipped if a gradient is not finite or `valid` (perhaps on the device) is false.
         """
         self._valid = valid
         self.engine.step()
@@ -190,21 +169,19 @@ class Zero:
     def _reduced_elements(self, everything: bool) -> int:
         """Return the number of elements whose gradients go through DeepSpeed's bucket; see whole_weights.py.
 
-        everything: whether to count all trained weights instead.
+        everything: whether to count all trained weights.
         """
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
-        """Return how many ranks hold the same elements of a parameter, and this rank's index among them."""
+        """Return how many ranks hold the same elements of a parameter, and this rank's index."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
-        """Return the norm of all gradients of all ranks. Each element is in exactly one rank's shard, so no element
-        counts twice.
-        """
+        """Return the norm of all gradients of all ranks. Each element counts once, in one rank's shard."""
         pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
             if param is not self.copy:
@@ -224,20 +201,19 @@ class Zero:
         dist.all_reduce(total)
         *finite, total = torch.cat([squares.isfinite(), total.view(1)]).tolist()  # waits for the device
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
-        # DeepSpeed checks several times whether the norm is finite. If the norm were on the device, each check would
-        # wait for the device.
+        # The norm is on the host. DeepSpeed checks it several times, and each check would wait for the device.
         self._norm = torch.tensor(total, dtype=torch.float64).sqrt().float()
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
-        """Yield this rank's part of every weight as stored between steps: shards at stage 3."""
+        """Yield this rank's part of every weight as stored between steps."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the untrained weights, by name. The tensors share memory with the live weights.
+        """Return this rank's part of the untrained weights, by name, with shared memory.
 
         For a weight stored as bytes, the shard's offset counts within this rank's local parameter. owned: whether to
-        leave out a complete weight that an earlier rank holds too.
+        leave out complete weights that an earlier rank holds.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -251,11 +227,9 @@ class Zero:
         return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the fp32 masters and of the optimizer state, by logical name. The tensors share
-        memory with the live state.
+        """Return this rank's part of fp32 masters and optimizer state, by logical name, with shared memory.
 
-        copies: whether to include a tied parameter that the pipeline's first rank returns too. Loading a checkpoint
-        needs both.
+        copies: whether to include a tied parameter that the pipeline's first rank returns too, as for loading.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -269,9 +243,9 @@ class Zero:
         return found
 
     def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """Return the index in the logical tensor of a local parameter's element `offset`, and the logical shape."""
+        """Return the logical index of a local parameter's element `offset`, and the logical shape."""
         shape = self.shapes[param]
-        # The experts of a layer are divided over ep ranks along the first dimension.
+        # A layer's experts are divided over ep ranks.
         if not getattr(param, "allreduce", True):
             return offset + self.mesh.ep_rank * math.prod(shape), (shape[0] * self.mesh.layout.ep, *shape[1:])
         return offset, shape
@@ -287,14 +261,14 @@ class Zero:
     def finish_load(self, updates: int) -> None:
         """Copy the masters to the weights, after a checkpoint has been read into the shards.
 
-        updates: number of optimizer updates before the checkpoint.
+        updates: optimizer updates before the checkpoint.
         """
         self.client.updates = updates
         self._weights.refresh()
 
     def _close(self) -> None:
-        """At ZeRO stages 1 and 2, pass this rank's gradients to `local_observer`, and sum the tied parameter's
-        gradients. All gradients must be complete. Gradients that are already reduced are skipped.
+        """Pass unreduced gradients, which must be complete, to `local_observer`, and sum the tied parameter's. Stages 1
+        and 2 only.
         """
         for param in self.names:
             if param.grad is not None:
@@ -312,7 +286,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter. A parameter in two chunks has the name from the first chunk."""
+    """Return the global name of every parameter, from its first chunk."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -327,9 +301,7 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Group the trained weights by update rule and by the ranks that reduce their gradients. Experts come last. Frozen
-    weights have separate groups.
-    """
+    """Group weights by update rule and reducing ranks, experts last. Frozen weights have separate groups."""
     groups = []
     for is_expert in (False, True):
         kind = {"name": expert_name, "moe": True} if is_expert else {}
@@ -342,13 +314,12 @@ def _parameter_groups(
 
 
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
-    """Mark the weights of experts, including frozen ones, for DeepSpeed. Also make the gradients of all trained weights
-    fp32.
+    """Mark all weights of experts for DeepSpeed, and return the name of their group.
 
-    Returns the name of the experts' group.
+    Also makes the gradients of all trained weights fp32.
     """
     expert_name = f"ep_size_{mesh.layout.ep}"
-    for param, name in names.items():  # frozen weights too, because DeepSpeed broadcasts rank 0's values of all weights
+    for param, name in names.items():  # frozen weights too: DeepSpeed broadcasts rank 0's values of all weights
         if param.requires_grad:
             param.grad_dtype = torch.float32
         if is_expert(name):
@@ -366,15 +337,11 @@ def make_config(
     units: tuple[type[nn.Module], ...],
     reduced_elements: Callable[[bool], int],
 ) -> dict[str, Any]:
-    """Return the configuration for DeepSpeed.
-
-    reduced_elements: function that counts elements of weights. With True, it counts all weights. With False, it counts
-    the weights whose gradients go through DeepSpeed's bucket.
-    """
+    """Return the configuration for DeepSpeed. reduced_elements: see `Zero._reduced_elements`."""
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
     config: dict[str, Any] = {
-        # The pipeline schedule splits a step into micro-batches; DeepSpeed sees one backward per step.
+        # The pipeline splits a step into micro-batches; DeepSpeed sees one backward.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.clip,
@@ -383,7 +350,7 @@ def make_config(
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": settings.stage,
-            # With False, DeepSpeed would sum experts over the wrong group without an error.
+            # With False, DeepSpeed would sum experts over the wrong group, without error.
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_bucket_size": max(1, min(elements, THRESHOLDS.bucket_elements)),
@@ -400,9 +367,7 @@ def make_config(
 
 
 class _DrawnInTurn(nn.Module):
-    """Passes weights to DeepSpeed one at a time. Each weight is initialised after DeepSpeed has sharded the previous
-    weight.
-    """
+    """Passes weights to DeepSpeed one at a time. Each is initialised after the previous one is sharded."""
 
     def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
         super().__init__()
@@ -423,9 +388,7 @@ def build_engine(
     weights: Collection[nn.Parameter],
     about: WeightFacts,
 ) -> Any:
-    """Build DeepSpeed's engine. With `about.draws`, the weights of stage 3 are initialised and sharded one after
-    another.
-    """
+    """Build DeepSpeed's engine. With `about.draws`, stage 3 initialises and shards weights one by one."""
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]
     tell_groups(deepspeed, mesh)
@@ -442,8 +405,8 @@ def build_engine(
             dtype=next(iter(weights)).dtype,
             mpu=MeshAsMpu(mesh),
         )
-    # At stages 1 and 2, DeepSpeed's engine with experts requires an optimizer group with experts' weights. Frozen
-    # experts are in no such group, so only trained weights count there. Stage 3 shards frozen experts too.
+    # At stages 1 and 2, DeepSpeed requires an optimizer group of experts if the rank holds experts. Frozen experts are
+    # in none, so only trained weights count. Stage 3 shards frozen experts too.
     sharded = module.parameters() if stage == 3 else trained
     with own_engine(deepspeed, any(not getattr(param, "allreduce", True) for param in sharded)):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=MeshAsMpu(mesh))

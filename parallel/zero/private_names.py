@@ -2,12 +2,11 @@
 upgrade.
 
 A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
-installed version when a rank starts. tests/zero/test_private_names.py compares the list with the code.
+installed version when a rank starts. tests/zero/test_private_names.py compares it with the code.
 
-A second list names behaviour of DeepSpeed that Sluice copies. A plan computes the sizes of DeepSpeed's buffers without
-DeepSpeed, because a plan's tensors have no memory. Each row has the DeepSpeed functions that were read, with the hash
-of their source. tests/zero/test_copied_behaviour.py compares the hashes with the installed DeepSpeed. If a hash
-differs, read the function again, correct the copy if necessary, and write the new hash here.
+A second list names behaviour of DeepSpeed that Sluice copies, such as the sizes of buffers in a plan. Each row has
+hashes of DeepSpeed's functions. If tests/zero/test_copied_behaviour.py finds another hash, read the function again,
+correct the copy if necessary, and write the new hash here.
 """
 
 import inspect
@@ -20,9 +19,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """A private name of DeepSpeed, and why Sluice uses it. owner: object that has the name; see `require_names`.
+    """A private name of DeepSpeed, and why Sluice uses it. owner: see `require_names`.
 
-    is_fast: whether the name only saves time. Without such a name, Sluice computes the same result.
+    is_fast: whether the name only saves time, so Sluice works without it.
     """
 
     owner: str
@@ -122,7 +121,7 @@ PRIVATE_NAMES = (
 
 
 def require_names(**owners: object) -> None:
-    """Raise UserError if an argument, an object of DeepSpeed, lacks a name in PRIVATE_NAMES. The arguments are:
+    """Raise UserError if an argument, an object of DeepSpeed, lacks a name in PRIVATE_NAMES.
 
         module: deepspeed.utils.groups
         engine: DeepSpeedEngine
@@ -131,7 +130,7 @@ def require_names(**owners: object) -> None:
         param3: a weight at stage 3
         coordinator: gathers the weights at stage 3
 
-    Names of other owners are not checked here: if such a name is missing, its import or its call fails.
+    Names of other owners fail at their import or call.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
@@ -144,7 +143,7 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name. For a class, an assignment to `self.NAME` in the class's module counts too."""
+    """Whether an object has the name. For a class, `self.NAME = ...` in its module counts too."""
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 
 
@@ -166,9 +165,9 @@ class CopiedBehaviour(NamedTuple):
     file: str
     """Path of DeepSpeed's file, relative to the package folder."""
     owner: str
-    """DeepSpeed's class that defines the `functions`; empty for functions at module level."""
+    """DeepSpeed's class of the `functions`; empty at module level."""
     functions: dict[str, str]
-    """For each function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
+    """For each function: 16 digits of the SHA-256 of its source."""
 
 
 COPIED = (

@@ -1,19 +1,17 @@
 """ZeRO stage 3: weights and gradients are sharded too. It works only with one pipeline stage (pp = 1).
 
-A rank holds 1/dp of every weight (experts: 1/edp). Weights are gathered by units, modules that DeepSpeed calls leaves:
-here blocks of the model. DeepSpeed's hooks gather a unit's parameters before its forward and its backward, and free
-them afterwards. Other parameters are gathered with the module that owns them. Two rules follow:
+A rank holds 1/dp of every weight (experts: 1/edp). DeepSpeed gathers weights by units, which it calls leaves: here
+blocks of the model. Its hooks gather a unit's parameters before its forward and its backward, and free them afterwards.
+Other parameters are gathered with the module that owns them. Two rules follow:
 
     - A parameter is used only inside a call of its unit or module.
     - No code keeps a view of a parameter from forward to backward: it would hold the gathered copy in memory.
 
-DeepSpeed records the order of gathers in one micro-batch and then prefetches one unit ahead. A validation makes it
-record again. Sluice calls the chunk instead of DeepSpeed's engine, so hooks on the chunk tell DeepSpeed when a
-micro-batch begins.
+Hooks on the chunk tell DeepSpeed when a micro-batch begins.
 
 Gradients are reduced during backward into fp32 shards, which accumulate over micro-batches. All ranks pass gradients to
-DeepSpeed in reverse module order, and zeros for missing gradients at the end of the micro-batch. DeepSpeed's own hooks
-would use the order of computation. If it differed between ranks, DeepSpeed would mix up parameters or hang.
+DeepSpeed in reverse module order, and zeros for missing gradients at the end. With different orders, DeepSpeed would
+mix up parameters or hang.
 """
 
 import contextlib
@@ -37,17 +35,16 @@ def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict
     return {
         "stage3_prefetch_bucket_size": largest,
         "stage3_max_live_parameters": 2 * largest,  # the current unit and one prefetched unit
-        # In a small model, DeepSpeed would keep all weights for an early reuse and never free them.
+        # In a small model, DeepSpeed would keep all weights for reuse and never free them.
         "stage3_max_reuse_distance": 0,
         "stage3_param_persistence_threshold": 0,  # weights of any size are gathered with their unit anyway
-        # F.linear would store a view of the weight for backward. DeepSpeed's version stores the parameter itself
-        # instead.
+        # F.linear would keep a view of the weight for backward; DeepSpeed's version keeps the parameter.
         "memory_efficient_linear": True,
     }
 
 
 def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    """Return the modules of these types that are not inside another module of these types."""
+    """Return the outermost modules of these types."""
     if isinstance(module, units):
         return [module]
     return [found for child in module.children() for found in find_units(child, units)]
@@ -56,12 +53,11 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 class ShardedWeights:
     """The sharded weights and gradients of stage 3.
 
-    client: Sluice's optimizer; DeepSpeed's optimizer wraps it
-    shapes: full shapes of the trained parameters, in module order; all other parameters are only gathered
-    rules: update rule of each parameter, which names its state
-    shares: function that returns which ranks share a parameter
-    norm: function that computes the global gradient norm; called once per step
-    handing: function that is called with a parameter before its gradient is reduced
+    client: Sluice's optimizer, which DeepSpeed's optimizer wraps
+    shapes: full shapes of the trained parameters, in module order
+    shares: returns which ranks share a parameter
+    norm: computes the global gradient norm, once per step
+    handing: called with a parameter before its gradient is reduced
     frozen: parameters that get no gradient; DeepSpeed's sums of their gradients stay zero
     """
 
@@ -82,12 +78,10 @@ class ShardedWeights:
         self._order = [param for param in shapes if param not in frozen][::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights that two chunks of this rank share. A micro-batch adds to such a gradient twice, and DeepSpeed gets
-        the gradient only after the second addition.
-        """
+        """Weights in two chunks of this rank, whose gradients DeepSpeed gets after the second addition."""
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
-        """Number of gradients of this micro-batch that were passed to DeepSpeed, in the order of `_order`."""
+        """Number of gradients of this micro-batch that DeepSpeed already has, in the order of `_order`."""
         self._in_pass = False
         self._backward: set[nn.Module] = set()
         """Chunks whose backward has begun in this micro-batch."""
@@ -100,7 +94,7 @@ class ShardedWeights:
             node.register_prehook(lambda gradients, param=param: self._keep_for_freed(param, *gradients))
             node.register_hook(lambda *_, param=param: self._arrived(param))
         for chunk in engine.module:
-            # With torch's split backward, torch sets gradients of weights whose memory is freed, which fails.
+            # torch's split backward would set gradients of freed weights.
             chunk.backward_in_one_piece = True
             chunk.register_forward_pre_hook(self._begin_pass, prepend=True)
             chunk.register_forward_hook(self._end_forward)
@@ -114,9 +108,7 @@ class ShardedWeights:
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each trained parameter, its gradient in this rank's shard without padding, and the number by which the
-        gradient must still be divided.
-        """
+        """Yield each trained parameter, its unpadded gradient in this rank's shard, and the number to divide by."""
         from deepspeed.utils import safe_get_local_grad
 
         for param in self._shapes:
@@ -136,9 +128,7 @@ class ShardedWeights:
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer with its weights. A flat parameter consists of its weights'
-        shards, including padding.
-        """
+        """Yield every flat parameter of the optimizer and its weights, whose padded shards it contains."""
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, params in groups:
             found, place = [], 0
@@ -154,7 +144,7 @@ class ShardedWeights:
             yield flat, found
 
     def held(self, param: nn.Parameter) -> Tensor:
-        """Return the part of a weight that this rank holds between steps: its shard with padding."""
+        """Return this rank's shard of a weight, with padding."""
         return shard_of(param)
 
     def refresh(self) -> None:
@@ -165,13 +155,11 @@ class ShardedWeights:
             shard_of(param).data.copy_(safe_get_local_fp32_param(param).detach())
 
     def _begin_pass(self, *_: object) -> None:
-        """Prepare for the forward of a chunk. If a micro-batch was in progress, end it, because its backward is
-        complete.
-        """
+        """Prepare for the forward of a chunk. Ends the previous micro-batch."""
         if self._in_pass:
             self._end_pass()
         self._in_pass = torch.is_grad_enabled()
-        # Also frees modules whose input has no gradient, such as the embedding.
+        # Also frees modules whose input has no gradient, like the embedding.
         self._coordinator.release_backward_leftovers()
         self._coordinator.reset_step()
 
@@ -183,9 +171,7 @@ class ShardedWeights:
             self._coordinator._clean_inflight_param_registry()
 
     def _begin_backward(self, chunk: nn.Module) -> None:
-        """Prepare for the backward of a chunk. If this is the chunk's second backward without a forward between them,
-        end the first one's micro-batch.
-        """
+        """Prepare for the backward of a chunk. A second backward in a row ends the first micro-batch."""
         if chunk in self._backward:
             self._end_pass()
             self._in_pass = True
@@ -204,10 +190,7 @@ class ShardedWeights:
         return (None,)
 
     def _arrived(self, param: nn.Parameter) -> None:
-        """Record that a parameter's gradient is complete; autograd calls this after the parameter's node.
-
-        Then pass gradients to DeepSpeed in the order of `_order`, up to the first missing gradient.
-        """
+        """Record a complete gradient. Then pass gradients on in the order of `_order`, up to the first missing one."""
         if param.grad is None or param in self._shared:
             return
         self._ready.add(param)
@@ -215,7 +198,7 @@ class ShardedWeights:
             self._hand_over(self._order[self._handed])
 
     def _end_pass(self) -> None:
-        """Pass this micro-batch's remaining gradients to DeepSpeed, with zeros for missing ones."""
+        """Pass this micro-batch's remaining gradients on, with zeros for missing ones."""
         for param in self._order[self._handed :]:
             if param.grad is None:
                 _set_zero_gradient(param, self._shapes[param])
@@ -233,9 +216,7 @@ class ShardedWeights:
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:
-        """Return the first element and the length of this rank's shard of a parameter. The last ranks may
-        have short or empty shards.
-        """
+        """Return start and length of this rank's shard of a parameter. The last ranks' may be short or empty."""
         size = shard_of(param).numel()
         offset = size * self._shares(param).rank
         return offset, max(0, min(size, math.prod(self._shapes[param]) - offset))
@@ -243,9 +224,9 @@ class ShardedWeights:
 
 @contextlib.contextmanager
 def _in_shape(param: nn.Parameter, shape: tuple[int, ...]) -> Iterator[None]:
-    """Set the parameter's data to its full shape with arbitrary values, inside the block.
+    """Give the parameter's data its full shape with arbitrary values, inside the block.
 
-    torch compares a gradient's shape with the parameter's, even while the parameter's memory is freed.
+    torch compares a gradient's shape with the parameter's, even if the parameter's memory is freed.
     """
     data = param.data
     param.data = data.new_empty(()).expand(shape)
@@ -261,9 +242,9 @@ def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
 
 
 def _node_of(param: nn.Parameter, shape: tuple[int, ...]) -> Node:
-    """Return the autograd node that accumulates the parameter's gradient. It exists even if GEMMs add to the gradient.
+    """Return the autograd node that accumulates the parameter's gradient, even if GEMMs add to it.
 
-    All graphs use the same node as long as some code holds a reference to it.
+    All graphs use the same node while code holds a reference to it.
     """
     with _in_shape(param, shape):
         return get_gradient_edge(param).node

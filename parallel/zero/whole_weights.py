@@ -3,14 +3,11 @@
 During the schedule, gradients stay on their rank, as fp32 `.grad`. After the step's last micro-batch, DeepSpeed's
 coalesce_grad_reduction reduces them once. It needs no gradient hooks, which a split backward does not run.
 
-With bf16 weights, if a chunk finishes before another chunk of the rank, its gradients are reduced at once. On a GPU,
-this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no
-reduction. The optimizer reads them in place; DeepSpeed would copy them five times.
+With bf16 weights, gradients of a chunk that finishes early are reduced at once. Gradients that no other rank shares (dp
+= 1; experts with ep = dp) need no reduction. The optimizer reads them in place; DeepSpeed would copy them five times.
 
-With offload, masters and moments are in host memory. DeepSpeed copies a gradient of the shard to the host when it
-reduces the gradient. The update copies unshared gradients one by one.
-
-DeepSpeed calls back for the norm over all ranks (engine.py), and for clipping, which Sluice's optimizer does later.
+With offload, masters and moments are in host memory. DeepSpeed copies the shard's gradients to the host as it reduces
+them. The update copies unshared gradients one by one.
 """
 
 import contextlib
@@ -26,15 +23,14 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-    client: Sluice's optimizer; DeepSpeed's optimizer wraps it
-    groups: parameters of each group of Sluice's optimizer
-    shares: function that returns which ranks share a parameter
+    client: Sluice's optimizer, which DeepSpeed's optimizer wraps
+    groups: parameters of each optimizer group
+    shares: returns which ranks share a parameter
     ranks: number of ranks over which gradients are averaged
-    norm: function that computes the global gradient norm; called once per step
-    close: function that is called before the last gradients are reduced
-    show: function that is called with each parameter whose gradient is reduced before the end of the step
+    norm: computes the global gradient norm, once per step
+    close: called before the last gradients are reduced
+    show: called with each parameter whose gradient is reduced early
     clip: maximum norm; 0 for no clipping
-    offload: whether masters and optimizer state are in host memory
     """
 
     def __init__(
@@ -56,7 +52,7 @@ class WholeWeights:
         self._handover = client.handover
         self._handover.divisor = ranks
         self._optimizer = optimizer = engine.optimizer
-        # DeepSpeed replaces each group's parameters by one flat master, and does not change the order of the groups.
+        # DeepSpeed makes one flat master per group, in the same order.
         self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
         self._groups, self._shares = groups, shares
         self._slices: dict[Tensor, list[ShardSlice]] = {}
@@ -66,23 +62,21 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Indexes of the parameter groups whose gradients need no reduction. Empty with fp32 weights, because DeepSpeed
-        then assembles the shard in its step.
-        """
+        """Indexes of the parameter groups whose gradients need no reduction; empty with fp32 weights."""
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds reduced gradients to the shard. If not, gradients are reduced only at a step's end."""
+        """Whether DeepSpeed adds reduced gradients to the shard. Otherwise a step reduces once, at its end."""
         self._ahead: set[nn.Parameter] = set()
         """Parameters whose gradients were reduced before the end of this step."""
         self._blocks = contextlib.ExitStack()
         self._stream = torch.cuda.Stream() if groups[0][0].is_cuda else None
-        """Stream for gradients that are reduced before the step's end; None on a CPU."""
+        """Stream for gradients that are reduced early; None on a CPU."""
         require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
         if offload:
             optimizer.temp_grad_buffer_for_gpu_offload = (
-                None  # this buffer is for sums over several backward passes, but DeepSpeed sees only one pass
+                None  # for sums over several backward passes, but DeepSpeed sees only one
             )
         optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
-        # Sluice checks the norm and skips the step if it is not finite.
+        # Sluice itself checks the norm and skips the step.
         optimizer.check_overflow = lambda partition_gradients=True: None
         optimizer.unscale_and_clip_grads = lambda gradients, norm: None
         optimizer.use_grad_accum_attribute = False
@@ -95,9 +89,7 @@ class WholeWeights:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Return a context manager for everything between two optimizer steps. At the end of its block, gradients are
-        reduced.
-        """
+        """Return the context for everything between two optimizer steps. At its end, gradients are reduced."""
         params = [param for group in self._groups for param in group]
         self._ahead.clear()
         with self._blocks:
@@ -105,8 +97,8 @@ class WholeWeights:
             try:
                 yield
             except BaseException:
-                # At the end of its block, DeepSpeed reduces all existing gradients, even after an error. It would then
-                # wait for a rank that no longer answers. So the gradients are removed.
+                # Even after an error, DeepSpeed would reduce existing gradients, and wait for ranks that no longer
+                # answer.
                 for param in params:
                     param.grad = None
                 raise
@@ -119,8 +111,7 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce the gradients of `params`, which must be complete, while gradients of other parameters still
-        accumulate.
+        """Reduce the complete gradients of `params` while other gradients still accumulate.
 
         All ranks that share these gradients call this at the same point of the schedule.
         """
@@ -147,7 +138,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Take the gradients that no other rank shares, and pass them to the optimizer without a copy."""
+        """Pass the gradients that no other rank shares to the optimizer, without a copy."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
@@ -166,27 +157,25 @@ class WholeWeights:
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
-        """Drop the gradients. Call this after every step, even if the step was skipped."""
+        """Drop the gradients. Call this even after a skipped step."""
         self._handover.unreduced.clear()
-        if self._offload:  # otherwise, after a skipped step, DeepSpeed would add the next gradients to the old ones
+        if self._offload:  # otherwise DeepSpeed would add to the gradients of a skipped step
             for number in range(len(self._groups)):
                 self._optimizer.averaged_gradients[number] = None
 
     def held(self, param: nn.Parameter) -> Tensor:
-        """Return the part of a weight that this rank holds between steps: the complete weight."""
+        """Return a weight, which this rank holds completely."""
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each parameter in this rank's shard, its gradient there without padding, and the number by which the
-        gradient must still be divided.
-        """
+        """Yield each parameter in this rank's shard, its unpadded gradient there, and the number to divide by."""
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
                 gradients, divisor = [gradient_of(master)[part.place] for part in slices], 1
             elif gradients is None:
                 gradients, divisor = self._optimizer.averaged_gradients[number], 1
-            # DeepSpeed's list may be longer than the list of slices. The extra entries are padding.
+            # DeepSpeed's list may be longer than the slices, by padding.
             yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
@@ -217,21 +206,20 @@ class WholeWeights:
             )
 
     def refresh(self) -> None:
-        """Copy the masters to the weights in the weights' dtype, and gather the weights."""
+        """Copy the masters to the weights, and gather them."""
         self._optimizer.update_lp_params()
 
 
 def _complete(param: nn.Parameter) -> None:
-    """Set a missing gradient to zeros. Otherwise the ranks' buckets would differ."""
+    """Set a missing gradient to zeros, because the ranks' buckets must be equal."""
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
-    """Return the parts of the parameters in a rank's shard, an interval of `size` elements of a group's consecutive
-    parameters.
+    """Return the parts of a group's parameters in a rank's shard of `size` elements.
 
-    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in this tensor.
+    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in the group.
     """
     found = []
     for param in params:

@@ -1,11 +1,10 @@
 """Chooses the implementation of `Kernels` for a run, and tests the attention cores of a GPU.
 
-Few attention kernels support DeepSeek-V3's heads: 192 elements in queries and keys, 128 in values. cuDNN's kernel is
-the fastest, but fails when called in some library versions. So the start of a run tests every core with this run's
-heads and length. The run uses the first correct core for complete sequences, and the first for documents.
+cuDNN's attention kernel is the fastest, but fails in some library versions. So a run first tests each core with its own
+heads and length. It uses the first correct core; documents may need another core.
 
-All scores in the test are near -120, which reveals errors such as a running maximum that starts at 0. The test compares
-the first and the last head with `PlainAttention` in fp32 on the same device.
+All scores in the test are near -120, which reveals errors such as a running maximum that starts at 0. The reference is
+`PlainAttention` in fp32, for the first and the last head.
 """
 
 from collections.abc import Sequence
@@ -27,16 +26,17 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed relative error of the result and of each gradient: norm of the difference, divided by the norm of the
-reference minus its mean. Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 0.1."""
+"""Largest allowed error of the result and of each gradient, relative to the reference (norms without the mean).
+Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 0.1.
+"""
 TRIED_SCORE = -120.0
-"""Approximate value of all scores in the test. A constant offset does not change a correct softmax."""
+"""Approximate value of all scores in the test."""
 LARGE = 32.0
-"""First component of every query in the test. LARGE times a key's first component times the scale is TRIED_SCORE."""
+"""First component of every query in the test. Times a key's first component and the scale, it is TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""Kinds of attention that a run may need; "blocks of keys" only if ranks share sequences."""
+"""Kinds of attention that a run may need; "blocks of keys" if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
@@ -48,10 +48,7 @@ CORES: dict[str, AttentionCore] = {
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
-    """Returns the attention core for a run on this GPU, and notes on the cores that failed.
-
-    Raises UserError if no core computes correct values.
-    """
+    """Returns the attention core for a run on this GPU, and notes on failed cores. Raises UserError without a core."""
     parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
     whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
     if not (config.data.mask_documents or config.data.chats):
@@ -67,7 +64,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """Returns the first attention core that is correct for all `parts`, and a note on the cores that failed."""
+    """Returns the first attention core that is correct for all `parts`, and a note on earlier ones."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -84,15 +81,15 @@ def _first_right(
 
 
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Returns the reason why a run cannot use this attention core, or None."""
+    """Returns why a run cannot use this attention core, or None."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
         return "may give other bits in each run, which cluster.deterministic=true excludes"
     return problem_of(core, config, device, part)
 
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
-    """Returns the number of queries of a test sequence, and which of `length` keys they see."""
-    if part == "blocks of keys":  # queries of the keys' own block, and of a later block, which sees all keys
+    """Returns the number of queries of a test, and which of `length` keys they see."""
+    if part == "blocks of keys":  # queries of the keys' own block, then of a later block
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
     documents_BT = None
@@ -120,8 +117,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     scale, keys = width**-0.5, model.nope_head_dim + values
     queries, seen = _tried(part, length)
     generator = torch.Generator(device).manual_seed(0)
-    # The tensors have the model's memory layout: the axis of positions before the axis of heads, and keys before values
-    # in a row.
+    # The model's memory layout: positions before heads, and keys before values in a row.
     shapes = (queries, width), (length, width), (length, keys), (queries, values)
     numbers = [
         torch.randn(1, rows, model.heads, columns, generator=generator, device=device).to(dtype)
@@ -142,7 +138,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Runs forward and backward of an attention core. Returns the output, the log-sum-exp, dq, dk and dv."""
+    """Runs a core. Returns output, log-sum-exp, dq, dk and dv."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
@@ -157,7 +153,7 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
         dq[..., 1:],
         dk,
         dv,
-    ]  # dq without its first column, which contains only rounding errors times a large number
+    ]  # without dq's first column, which contains only rounding errors
 
 
 def build_kernels(
@@ -168,7 +164,7 @@ def build_kernels(
     kind: cpu or cuda.
     compiled: whether a CPU may use compiled code.
     core: the attention core for a GPU.
-    matmuls: whether a CPU also uses compiled matmuls; None: `train.kernels.cpu.libraries.compiled_matmuls_pay` decides.
+    matmuls: whether a CPU also uses compiled matmuls; None: the faster ones.
     """
     if kind == "cuda":
         return FusedKernels(core)
@@ -180,8 +176,7 @@ def build_kernels(
 def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
     """Returns whether a run on this CPU uses compiled matmuls; None if there is no choice.
 
-    kept: the earlier choice of a resumed run, which stays, because a new measurement could change the arithmetic; None
-        for a new run.
+    kept: the choice of a resumed run, which stays, because a new measurement could change the arithmetic.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept
@@ -191,9 +186,7 @@ def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> b
 def choose_kernels(config: Config, device: torch.device, matmuls: bool | None = None) -> tuple[Kernels, list[str]]:
     """Returns the kernels of a run, and notes on choices that make the run slower.
 
-    Raises UserError if no attention core of a GPU computes correct values.
-
-    matmuls: the result of `choose_matmuls`; None: call `choose_matmuls`.
+    Raises UserError if no attention core of a GPU is correct. matmuls: the result of `choose_matmuls`.
     """
     if device.type == "cuda":
         core, notes = choose_attention(config, device)

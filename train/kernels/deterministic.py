@@ -1,17 +1,16 @@
 """cluster.deterministic: makes the results of all runs on the same machines bitwise identical.
 
-Each line has a reason why two runs may differ, and what prevents the difference:
+Each line has a reason why two runs may differ, and what prevents it:
 
     torch's kernels with atomic additions      torch.use_deterministic_algorithms replaces them or raises an error
-    torch's attention in backward              flash and memory-efficient kernels are deterministic in that mode; cuDNN's
-                                               kernel is not used
+    torch's attention in backward              flash and memory-efficient kernels are deterministic in that mode;
+                                               cuDNN's kernel is not used
     cuBLAS with several streams                CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads when CUDA starts
-    NCCL's sums in the switches of NVLink      NCCL_NVLS_ENABLE=0; rings and trees add in an order that the layout fixes
+    NCCL's sums in the switches of NVLink      NCCL_NVLS_ENABLE=0; rings and trees add in a fixed order
     choice of matmuls by a timing (CPU)        the CPU's instruction sets decide (train/kernels/cpu/libraries.py)
     DeepEP, DeepGEMM                           the settings check refuses them (conf/check.py)
 
-Sluice's own kernels do not use atomic additions (tests/kernels/test_deterministic.py). If several programs compute
-partial sums, a second kernel adds them in a fixed order.
+Sluice's own kernels do not use atomic additions (tests/kernels/test_deterministic.py).
 """
 
 import os
@@ -19,7 +18,7 @@ import os
 from conf.errors import UserError
 
 LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
-"""Environment variables of CUDA and NCCL, with allowed values. Sluice sets the first value."""
+"""Environment variables of CUDA and NCCL, with allowed values, the default first."""
 
 
 def check_settings() -> None:
@@ -46,7 +45,6 @@ def repeat_bits() -> None:
     for name, values in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    # Sluice writes every value before it reads the value. So torch need not fill new memory. Filling would cost one
-    # more pass over the memory.
+    # Sluice never reads memory that it has not written, so torch need not fill it.
     deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]  torch sets the module's class at run time
     torch.backends.cudnn.benchmark = False

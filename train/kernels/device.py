@@ -1,4 +1,4 @@
-"""Checks that torch and Triton can use the GPU, configures torch's allocator, and records collectives."""
+"""Checks that torch and Triton can use the GPU, and configures torch's allocator and records of collectives."""
 
 import glob
 import os
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Environment variables for torch's allocator: the current name, and an older one."""
+"""torch's environment variables for its allocator: current name, older name."""
 FLIGHTS = "flight_recorder_rank_"
-"""Prefix of the file name for a rank's last collectives. The rank's index follows."""
+"""Prefix of the file with a rank's last collectives, before the rank's index."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
-"""Patterns for the device files of NVIDIA GPUs: on Linux, and on Windows (WSL)."""
+"""Patterns of NVIDIA's device files, on Linux and on Windows (WSL)."""
 
 
 def check_memory(config: Config, state_bytes: int) -> None:
@@ -51,7 +51,7 @@ def usable_gpu(wanted: str) -> bool:
 def sees_gpu(wanted: str) -> bool:
     """Returns whether torch can use a GPU. Does not check Triton.
 
-    Raises UserError if torch cannot use a GPU, and one of these holds:
+    Raises UserError if torch cannot, and one of these holds:
     - cluster.device requires a GPU.
     - The machine has a GPU, and torch is built with CUDA.
     """
@@ -70,7 +70,7 @@ def sees_gpu(wanted: str) -> bool:
 
 
 def idle_gpu(config: Config, device: "torch.device") -> str | None:
-    """Returns a note if the machine has a GPU, but torch is built without CUDA."""
+    """Returns a note if torch lacks CUDA for the machine's GPU."""
     import torch
 
     if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:
@@ -82,7 +82,7 @@ def grow_segments() -> None:
     """Let torch's allocator extend its segments, unless the user has configured it. Call this before CUDA allocates
     memory.
 
-    Experts' row counts change in each step and would fragment segments of fixed sizes.
+    Experts' row counts change in each step and would fragment fixed segments.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
@@ -91,8 +91,8 @@ def grow_segments() -> None:
 def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> None:
     """Let all later threads of this process run only on the cores of the GPU's NUMA node.
 
-    The host optimizer and copies to the GPU are slower with another node's memory. Does nothing if the system does not
-    report the node, or if the process may use none of its cores.
+    The host optimizer and copies to the GPU are slower with another node's memory. Does nothing if the node is unknown,
+    or if the process may use none of its cores.
     """
     import torch
 
@@ -112,8 +112,8 @@ def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> No
 def record_collectives(logs: Path) -> None:
     """Make every rank record its last 2000 collectives.
 
-    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. The function sets environment
-    variables that torch 2.11 to 2.13 reads when it creates a process group. It keeps the user's values.
+    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. torch 2.11 to 2.13 reads these
+    environment variables when it creates a process group. The user's values stay.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 PROBED = "SLUICE_PROBED"
-"""Environment variable with the FP8 recipe already tested on this machine, for the ranks."""
+"""Environment variable with the FP8 recipe that passed the probe."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest time that ranks wait for their machine's first rank, which tests for at most hopper_probe.PROBE_SECONDS."""
+"""Longest time that ranks wait for their machine's probe."""
 
 
 def check_gpu(config: Config) -> None:
     """Check the GPU in the driver process, if the driver starts the ranks on its own machine. Raises UserError.
 
-    With cluster=ray, the ranks check the GPUs of their machines.
+    With cluster=ray, the ranks check their own machines.
     """
     wanted, fp8 = config.cluster.device, config.precision.fp8
     if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):
@@ -37,7 +37,7 @@ def check_gpu(config: Config) -> None:
 
 
 def require_dispatch(config: Config) -> None:
-    """Raises UserError if the package for the setting parallel.dispatch is not installed."""
+    """Raises UserError if the package for parallel.dispatch is not installed."""
     package = config.parallel.dispatch_facts.package
     if package is not None and config.parallel.ep > 1 and importlib.util.find_spec(package) is None:
         rule = f"needs the package {package}, which is not installed"
@@ -46,8 +46,7 @@ def require_dispatch(config: Config) -> None:
 
 
 def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
-    """Test the FP8 GEMMs on every machine's first rank, while other ranks wait. If a test fails, all ranks raise the
-    error."""
+    """Test the FP8 GEMMs on every machine's first rank, while others wait. A failure raises on all ranks."""
     fp8 = config.precision.fp8
     if device.type == "cuda":
         require_dispatch(config)

@@ -1,4 +1,4 @@
-"""Builds the object that computes the model's matmuls, from the settings `precision`."""
+"""Builds the object that computes the model's matmuls."""
 
 import torch
 
@@ -13,9 +13,7 @@ def build_precision(
 ) -> HighPrecision | Fp8Precision:
     """Builds the object that computes the model's matmuls. Raises UserError if this device does not support FP8.
 
-    precision: the section `precision` of a checked configuration.
-    kernels: the model's kernels on this device; see train/kernels/choice.py.
-    recompute_swiglu: whether experts in fp32 or bf16 recompute their SwiGLU output in backward. In FP8 they always do.
+    recompute_swiglu: whether experts in fp32 or bf16 recompute their SwiGLU output in backward. FP8 experts always do.
     """
     if precision.fp8 is not None:
         return Fp8Precision(precision.fp8, device, kernels)

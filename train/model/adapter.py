@@ -1,12 +1,10 @@
 """Adds LoRA matrices A and B to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
 The matmul with W does not change, so LoRA works with any precision and storage format of W. The LoRA matmuls use the
-activation dtype; their gradients are summed in fp32. A is initially uniform in +-1 / sqrt(inputs), as in PEFT. B is
-initially 0.
+activation dtype; their gradients are summed in fp32.
 
-Dropout hashes each input element instead of drawing random numbers. The hash depends on the values in the element's
-row, the column index, the step and the name of the weight. So any layout, a resumed run and a recomputed block drop the
-same elements. Rows with equal values have equal dropout masks.
+Dropout hashes each input element: its row's values, its column index, the step and the weight's name. So any layout, a
+resumed run and a recomputed block drop the same elements. Rows with equal values have equal dropout masks.
 
 Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
 Q rank of the LoRA matrices.
@@ -35,7 +33,7 @@ MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 class LoraWeights:
-    """LoRA matrices A and B of one weight, as parameters of the weight's module."""
+    """LoRA matrices A and B of one weight, as parameters."""
 
     def __init__(
         self,
@@ -46,18 +44,17 @@ class LoraWeights:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: parameter names of A and B in `module`, one pair for each LoRA. The outputs of the pairs are
-            concatenated.
-        chunk: the model chunk that has the module. Its field `step` is the index of the current step.
+        """names: parameter names of A and B in `module`, one pair for each LoRA, whose outputs are concatenated.
+        chunk: the model chunk that has the module.
         salt: makes the dropout hash different for each weight.
         """
         self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y plus the output of the LoRA matrices for x (N, I), as a tensor (N, O).
+        """Return y plus the output of the LoRA matrices for x (N, I), as (N, O).
 
-        groups: the rows of each expert, if x is sorted by expert; else None.
+        groups: the rows of each expert, if x is sorted by expert.
         """
         dropped, keep = self._drop(x)
         parts = []
@@ -68,7 +65,7 @@ class LoraWeights:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two operands of one matmul that computes the weight's output plus the LoRA output.
+        """Return the operands of one matmul that computes the weight's output plus the LoRA output.
 
         The left operand is [x | scaled output of A]. The right operand is [weight | B].
         """
@@ -84,7 +81,7 @@ class LoraWeights:
         return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return x after dropout, and a context in which autograd saves x instead of the result."""
+        """Return x after dropout, and a context that saves x instead."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -97,8 +94,7 @@ class LoraWeights:
 def _drop(x: Tensor, share: float, salt: int) -> Tensor:
     """Set the fraction `share` of x's values to 0, and scale the other values up.
 
-    Each row and each column has an odd 64-bit hash. A value becomes 0 if the product of its two hashes is below a
-    threshold.
+    A value becomes 0 if the product of its row's and its column's odd 64-bit hashes is below a threshold.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
@@ -109,8 +105,7 @@ def _drop(x: Tensor, share: float, salt: int) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return the splitmix64 hash of int64 numbers. Right shifts copy the sign bit, which mixes the bits equally
-    well."""
+    """Return the splitmix64 hash of int64 numbers, with right shifts that copy the sign bit."""
     first, second, third = MIX
     number = number + first
     number = (number ^ (number >> 30)) * second
@@ -119,14 +114,13 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
-"""Maps the last part of a weight's name to the module attribute of the adapter."""
+"""For the last part of a weight's name: the module attribute of the adapter."""
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
     """Freeze the weights of a chunk, and add LoRA matrices A and B to the target weights.
 
-    The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, no values
-    are drawn.
+    The values of A depend on the weight's name, so they are equal in every layout.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
     (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # packed weights are stored as uint8
@@ -147,8 +141,8 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
             setattr(module, name_b, nn.Parameter(a.new_zeros(*experts, outputs // len(names), adapter.rank)))
         setattr(module, ADDED[own], LoraWeights(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
     if bases and hasattr(chunk, "embedding"):
-        # The first tensor on the path must require a gradient. Otherwise a recomputed block would record a different
-        # graph in its second run than in its first run.
+        # The first tensor must require a gradient. Otherwise a recomputed block would record another graph in its
+        # second run.
         chunk.embedding.register_forward_hook(_ask_for_gradient)
 
 
@@ -161,7 +155,7 @@ def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
 
 
 class _Asking(Function):
-    """Returns a view of x that requires a gradient. Backward computes no gradient of x.
+    """Returns a view of x that requires a gradient, without a gradient for x.
 
     anchor: any tensor that requires a gradient.
     """

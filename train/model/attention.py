@@ -1,11 +1,10 @@
 """Defines the interface of the attention core, softmax(scale q k^T) v. train/kernels implements the core.
 
-Rectangles (train/model/sequence.py) describe which queries see which keys. For a complete sequence or a packed
-document, the rectangle is a square, and queries see keys up to its diagonal. Ranks that share sequences use arbitrary
-rectangles.
+Rectangles (train/model/sequence.py) describe which queries see which keys. A complete sequence or a packed document is
+a square, where queries see keys up to the diagonal. Ranks that share sequences use arbitrary rectangles.
 
 The core computes no scores above a diagonal or between documents, and stores no mask. Backward recomputes the
-probabilities p from l, the log-sum-exp of a query's scores. l may include scores of keys outside this call:
+probabilities p from l, the log-sum-exp of a query's scores, also for keys outside this call:
 
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
@@ -44,8 +43,7 @@ class KeptLse:
 class LargestScores:
     """Records the largest scaled score of each head in `most_H` (fp32), over all calls since the last `clear`.
 
-    limit: if the log-sum-exp of a query is at most `limit`, a core may return it instead of the largest score. The
-        log-sum-exp is an upper bound of the scores, so the core need not compute small scores again.
+    limit: if a query's log-sum-exp is at most `limit`, a core may return this upper bound instead of the largest score.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):
@@ -65,8 +63,7 @@ class AttentionOutput(NamedTuple):
     """Results of attention."""
 
     out_BHTV: Tensor
-    """Output in v's dtype, 0 for a query that sees no key. In memory, positions come before heads, as the output
-    projection needs."""
+    """Output in v's dtype, 0 for a query that sees no key. In memory, positions come before heads."""
     lse_BHT: Tensor
     """Log-sum-exp of each query's scaled scores, fp32; -inf without keys."""
     largest_BHT: Tensor | None = None
@@ -84,8 +81,8 @@ class AttentionCore(Protocol):
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.
 
-        keep: whether to set `AttentionOutput.kept`, which backward needs.
-        largest: whether to return the largest scores.
+        keep: whether to set `AttentionOutput.kept`, which backward needs. largest: whether to return the largest
+        scores.
         """
 
     def backward(
@@ -93,8 +90,7 @@ class AttentionCore(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v.
 
-        made: the output and the log-sum-exp of `forward`. They must include all keys of this call, and may include
-            other keys.
+        made: output and log-sum-exp of `forward`, over all keys of this call and possibly others.
         """
 
 

@@ -20,11 +20,11 @@ class Block(nn.Module):
     """A block of the main model or of an MTP module. It maps x (B, T, D) to an output of the same shape.
 
     dispatcher: sends tokens to experts; None for a dense block.
-    repeat: whether backward runs the complete block again, so that forward saves only the block's input.
+    repeat: whether backward runs the complete block again, so that forward saves only its input.
     host: stores activations in host memory; None: no offload.
     offload: the part whose activations `host` stores: attention, ffn, or layer for both.
     chooses: whether the block has an indexer.
-    positions: the positions of x; None: x contains complete sequences.
+    positions: None if x contains complete sequences.
     """
 
     def __init__(
@@ -70,10 +70,7 @@ class Block(nn.Module):
             return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
-        """Return the context that offloads the activations of `part`.
-
-        x_BTD: the residual stream before this part.
-        """
+        """Return the context that offloads `part`. x_BTD: its input."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

@@ -1,18 +1,17 @@
-"""Attention over the keys that an indexer chose, in MLA's absorbed form (DeepSeek-V2 paper 2.1.2).
+"""Attention over the keys that an indexer chose, in MLA's absorbed form (DeepSeek-V2 paper 2.1.2). For head i, and
+position s with its normed latent c and rotated rope key:
 
-The number of operations grows linearly with the sequence length.
-
-    q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]             head i, normed latent c and rotated rope key of position s
+    q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]
     out_i     = W_UV_i sum_s p_is c_s,   p_i = softmax over the chosen s of scale q_i . k_s
 
-All heads of a query use the same K keys, so one gather of the latents serves all heads: kv_rank + rope numbers for each
-key. With o_i = sum_s p_is c_s and the gradient u_i = W_UV_i^T do_i, backward computes
+All heads of a query use the same K keys, so one gather of the latents serves all heads. With o_i = sum_s p_is c_s and
+the gradient u_i = W_UV_i^T do_i, backward computes
 
-    ds = scale p (u . c - do . out),  dq = ds [c ; k_rope],  d[c ; k_rope]_s = sum over queries and heads of ds q, and p u for c
+    ds = scale p (u . c - do . out),  dq = ds [c ; k_rope]
+    d[c ; k_rope]_s = sum over queries and heads of ds q, and p u for c
     dW_UV_i = do_i o_i^T,  dW_UK_i = q_nope_i dq_i^T
 
-Ranks that share sequences gather the latents of all positions. Backward sends each latent's gradient to the rank that
-has the position.
+Ranks that share sequences gather the latents of all positions. Backward sends each latent's gradient to its rank.
 
 Shapes: B sequences, T queries of this rank, S positions of the sequence, H heads, Q qk width = nope + rope, X = C +
 rope of a latent, C kv_rank, V value width, K chosen keys, Y = H * (nope + V) rows of the weight.
@@ -36,9 +35,9 @@ class ChosenInput(NamedTuple):
     q_BTHQ: Tensor
     """Queries, rotated by RoPE."""
     latents_BSX: Tensor
-    """Normed latent and rotated rope key of each position: [latent | rope key]."""
+    """[latent | rope key] of each position, normed and rotated."""
     weight_YC: Tensor
-    """For one head after another: the rows of W_UK, then of W_UV."""
+    """Per head: the rows of W_UK, then of W_UV."""
     nope: int
     scale: float
     chosen_BTK: Tensor
@@ -64,13 +63,13 @@ class ChosenOutput(NamedTuple):
 
 
 class KeptShares:
-    """Stores one attention call's probabilities of the chosen keys, for the indexer's loss."""
+    """Stores probabilities of chosen keys for the indexer's loss."""
 
     shares_BTK: Tensor
 
 
 class ChosenAttention(Function):
-    """Computes attention of the local queries over their chosen keys, and returns a tensor (B, H, T, V).
+    """Computes attention of the local queries over their chosen keys: (B, H, T, V).
 
     latents_BTX: latents of the local positions.
     gathering: a started gather of all positions' latents; None if ranks do not share sequences.

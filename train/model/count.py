@@ -1,8 +1,8 @@
 """Counts the parameters of a model and the operations for each token, from the configuration alone.
 
 For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. In attention, each pair of a
-token and a key costs 6 operations per head and per element of the qk width and the value width. As in DeepSeek's
-figures, embedding lookup, norms and the router are not counted (0.3 % of DeepSeek-V3). Recomputation is not counted.
+token and a key costs 6 operations per head and per element of the qk width and the value width. Not counted:
+recomputation and, as in DeepSeek's figures, embedding lookup, norms and the router (0.3 % of DeepSeek-V3).
 """
 
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ def count_parameters(config: Model) -> Counts:
 def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
     """Return the training FLOPs of one block for one token, without adapters.
 
-    causal: whether to count only the lower half of the attention scores, which a causal mask needs.
+    causal: whether to count only the lower half of the attention scores.
     frozen: whether the block's weights get no gradient.
     """
     if dense:
@@ -129,9 +129,9 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
-    """Return the mean number of keys that a token attends to. Sparse attention drops some visible keys.
+    """Return the mean number of keys that a token attends to. Sparse attention drops some.
 
-    pairs: the mean number of keys that the mask lets a token see.
+    pairs: the mean number of keys that the mask shows to a token.
     """
     top_k = config.sparse.top_k
     if not config.sparse.heads or seq_len <= top_k:
@@ -147,7 +147,7 @@ def head_flops(config: Model, frozen: bool = False) -> float:
 def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
     """Return the training FLOPs of the model for one token, forward and backward.
 
-    mtp: whether to count MTP modules; DeepSeek's MFU figures leave them out.
+    mtp: whether to count MTP modules; DeepSeek's MFU leaves them out.
     frozen: see `layer_flops`.
     """
     dense, moe = (layer_flops(config, seq_len, kind, causal, frozen) for kind in (True, False))
@@ -159,7 +159,7 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 
 def count_adapter(config: Config) -> int:
-    """Return the number of an adapter's parameters: rank * (inputs + outputs) for each adapted matrix."""
+    """Return an adapter's number of parameters: rank * (inputs + outputs) per adapted matrix."""
     model = config.model
     hidden, inner, value = model.hidden, model.expert_width, model.heads * model.v_head_dim
     queries, keys = model.heads * (model.nope_head_dim + model.rope_head_dim), model.kv_rank + model.rope_head_dim
@@ -183,7 +183,7 @@ def count_adapter(config: Config) -> int:
 def count_tables(config: Config) -> int:
     """Return the number of trained parameters in the embedding, the head, the routers and the indexers.
 
-    Optimizers may update these parameters by another rule (conf/optimizers.py).
+    Optimizers may update them by another rule (conf/optimizers.py).
     """
     model = config.model
     if config.adapter.on:
@@ -194,7 +194,7 @@ def count_tables(config: Config) -> int:
 
 
 def count_vectors(config: Config) -> int:
-    """Return the number of trained vector elements: norm weights and LayerNorm biases of indexers; 0 for adapters."""
+    """Return the number of trained vector elements: norm weights and indexers' LayerNorm biases; 0 for adapters."""
     model = config.model
     if config.adapter.on:
         return 0
@@ -206,8 +206,8 @@ def count_vectors(config: Config) -> int:
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint in bytes.
 
-    A checkpoint contains the fp32 master weights, the optimizer state and, if the run computes it, the moving average
-    of the weights. With an adapter, it contains these values only for the adapter.
+    A checkpoint contains the fp32 master weights, the optimizer state and the moving average of the weights, if any.
+    With an adapter, it contains only the adapter's.
     """
     counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp

@@ -1,10 +1,7 @@
 """Draws initial weights: every weight from normal(0, init_std); every norm weight is 1 (paper 4.2).
 
 A value depends only on the seed, the global name of its parameter and the global index of its expert. So every layout
-starts from the same model.
-
-All CPUs draw the same numbers, and so do all GPUs of one kind. Other devices draw different numbers: torch's GPU
-generator depends on the number of multiprocessors.
+starts from the same model. All CPUs draw the same numbers, and so do all GPUs of one kind.
 """
 
 import hashlib
@@ -23,7 +20,7 @@ from train.model.moe import Experts
 def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str | None = None) -> None:
     """Move parameters and buffers from the meta device to `device`, and draw all weights. Buffers become 0.
 
-    seed: None if a checkpoint will fill the weights. Until then the weights are NaN, which reveals a missing weight.
+    seed: None if a checkpoint will fill the weights. They are NaN until then.
     """
     materialise(chunk, device)
     for draw in first_draws(chunk, seed).values():
@@ -33,7 +30,7 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
 
 
 def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
-    """Return for each weight a function that draws it, and allocates its memory if necessary.
+    """Return for each weight a function that draws it, after allocation if necessary.
 
     seed: see `initialise`.
     """
@@ -47,7 +44,7 @@ def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Calla
 def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
     """Allocate the meta parameters and buffers on `device`. Weights get arbitrary values; buffers become 0.
 
-    hollow: whether each weight gets its full shape, but memory for only one element.
+    hollow: whether each weight has its full shape, but memory for one element.
     """
     device = device or "cpu"
     for module in chunk.modules():
@@ -66,10 +63,7 @@ def materialise(chunk: nn.Module, device: torch.device | str | None = None, holl
 
 @torch.no_grad()
 def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int | None, std: float) -> None:
-    """Draw one weight of a module.
-
-    name: global name of the weight.
-    """
+    """Draw one weight of a module. name: its global name."""
     if weight.untyped_storage().nbytes() < weight.nbytes:
         weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if weight.dtype == torch.uint8:  # a frozen weight in block FP8, where the byte 255 means NaN
@@ -83,10 +77,7 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """Return an indexer weight's complete initial values, as `initialise` draws them on a CPU.
-
-    name: global name of the weight.
-    """
+    """Return an indexer weight's complete initial values, as drawn on a CPU. name: its global name."""
     values = torch.empty(shape)
     if ".k_norm." in name:
         return values.fill_(0 if name.endswith(".bias") else 1)
@@ -97,7 +88,7 @@ def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Te
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
     """Fill a weight with uniform values in +-bound, which depend only on the text `key` and the expert.
 
-    experts: indices of the experts along the first dimension; None: draw the weight as one tensor.
+    experts: indices of the experts along the first dimension, drawn separately.
     """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 
@@ -110,7 +101,7 @@ def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = No
 def _fill_drawn(
     weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
 ) -> None:
-    """Draw into a new fp32 tensor, and copy it to the weight; with `experts`, one expert at a time."""
+    """Draw in fp32 and copy to the weight; with `experts`, one expert at a time."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
         one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))
@@ -121,5 +112,5 @@ def _generator(weight: Tensor, key: str) -> torch.Generator:
 
 
 def key_number(key: str) -> int:
-    """Return the start of the text's SHA-256 hash as a signed 64-bit integer."""
+    """Return the start of the text's SHA-256 as a signed 64-bit integer."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)

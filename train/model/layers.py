@@ -1,6 +1,4 @@
-"""Defines the layers that every block uses: linear layers, RMSNorm, SwiGLU, embedding.
-
-Kernels (train/model/operations.py) do all computation.
+"""Defines the layers that every block uses: linear layers, RMSNorm, SwiGLU, embedding. Kernels compute them.
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
@@ -19,7 +17,7 @@ from train.model.recompute import RecomputedOutputs
 
 
 class HeldInput(NamedTuple):
-    """A linear layer's input in the form that is saved for backward."""
+    """A linear layer's input as saved for backward."""
 
     source: Any
     """The input in a form that only the `LayerPrecision` object reads."""
@@ -33,42 +31,40 @@ class AddedMatmul(Protocol):
     """A second matmul whose result is added to a layer's output."""
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y (..., O) plus the result of the adapter's matmul for x (..., I).
+        """Return y (..., O) plus the adapter's output for x (..., I).
 
-        groups: the rows of each expert, if x is sorted by expert; else None.
+        groups: the rows of each expert, if x is sorted by expert.
         """
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the operands of one matmul that computes the layer's output plus the adapter's output.
-
-        Extra columns extend x and the weight.
+        """Return the operands of one matmul for the outputs of layer and adapter. Extra columns extend x and the
+        weight.
         """
 
 
 class PackedWeight(Protocol):
-    """A frozen weight that is not stored as a plain tensor, such as FP8 blocks."""
+    """A frozen weight that is not plain, such as FP8 blocks."""
 
     shape: tuple[int, ...]
     """The shape that the weight has as a plain tensor."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Return the values in `dtype`, and a context in which autograd does not save them. Backward unpacks them
-        again."""
+        """Return the values in `dtype`, and a context in which autograd does not save them."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""Maps the last part of a weight's name to the module attribute of the packed form."""
+"""For the last part of a weight's name: the module attribute of its packed form."""
 
 
 def open_weight(
     packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, AbstractContextManager]:
-    """Return a weight's values for a matmul, and the context in which the matmul must run."""
+    """Return a weight's values for a matmul, and the context in which it must run."""
     return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
 
 
 class LayerPrecision(Protocol):
-    """Computes the matmuls in one precision, so the model never branches on the precision."""
+    """Computes matmuls in one precision, so that the model never branches on it."""
 
     dtype: torch.dtype
     """Dtype of activations between the matmuls."""
@@ -76,16 +72,15 @@ class LayerPrecision(Protocol):
     """Computes the matmuls and all operations between them."""
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
-        """Return x (..., D) times the transpose of weight (F, D), as a tensor (..., F).
+        """Return x (..., D) times the transpose of weight (F, D): (..., F).
 
-        kind: see `Linear`.
-        held: the result of `hold` for x; None: `linear` saves x itself.
+        kind: see `Linear`. held: the result of `hold` for x; None: `linear` saves x itself.
         """
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
         """Return the form in which `linear` saves x for backward; None if it saves x unchanged.
 
-        Other code that saves x can save this form instead, so that x is stored once.
+        Other code that saves x can save this form, so that x is stored once.
         """
 
     def expert_ffn(
@@ -97,10 +92,10 @@ class LayerPrecision(Protocol):
         counts_E: Tensor,
         added: "tuple[AddedMatmul | None, AddedMatmul | None]" = (None, None),
     ) -> Tensor:
-        """Compute the SwiGLU FFN of each expert for the rows of that expert. Returns a tensor (R, D).
+        """Compute the SwiGLU FFN of each expert for the rows of that expert. Returns (R, D).
 
         rows_RD: rows, sorted by expert.
-        gates_R: gate value of each row. It multiplies the SwiGLU output before the down-projection.
+        gates_R: gate value of each row; it multiplies the SwiGLU output.
         counts_E: number of rows of each expert, int64.
         added: adapters for w13 and for w2.
         """
@@ -109,8 +104,8 @@ class LayerPrecision(Protocol):
 class Linear(nn.Module):
     """A matmul without bias, in the precision of the run.
 
-    kind: `output` for the attention's output projection, else `dense`. FP8 training saves the input of the output
-        projection in a more precise format.
+    kind: `output` for the attention's output projection, else `dense`. FP8 training saves the input of `output` more
+    precisely.
     """
 
     def __init__(self, inputs: int, outputs: int, precision: LayerPrecision, kind: str = "dense", **factory):
@@ -120,7 +115,7 @@ class Linear(nn.Module):
         self.added: AddedMatmul | None = None
         """The adapter of the weight, set before adapter training; else None."""
         self.packed: PackedWeight | None = None
-        """The frozen weight's stored form if it is not a plain tensor; else None."""
+        """The frozen weight's stored form, if not a plain tensor."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
@@ -131,7 +126,7 @@ class Linear(nn.Module):
     def values(self) -> tuple[Tensor, AbstractContextManager]:
         """Return the weight plus the product of its adapter's matrices, (O, I), and a context. Differentiable.
 
-        Run a matmul with these values inside the context. Then the adapter's dropout has the same mask for all rows.
+        Use these values inside the context: then the adapter's dropout has the same mask for all rows.
         """
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
         if self.added is None:
@@ -145,7 +140,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The table of token vectors. Its gradient is always summed in fp32."""
+    """The table of token vectors. Its gradient is summed in fp32."""
 
     def __init__(self, rows: int, width: int, **factory):
         super().__init__()
@@ -172,7 +167,7 @@ class _Embed(Function):
 class RMSNorm(nn.Module):
     """Computes x / rms(x) * weight over the last axis, with statistics in fp32.
 
-    recompute: whether a matmul that uses the norm's output saves only the norm's input.
+    recompute: whether a matmul of the output saves only the norm's input.
     """
 
     def __init__(self, width: int, eps: float, recompute: bool, kernels: Kernels, **factory):
@@ -184,11 +179,11 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the output, and a context for the matmuls that use it (see `RecomputedOutputs`)."""
+        """Return the output, and a context for the matmuls that use it."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        # Read the weight in backward and not here, because ZeRO 3 may free the weight's memory until backward.
+        # Read the weight in backward and not here, because ZeRO 3 may free it until then.
         return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
@@ -215,7 +210,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """Saves only [gate | up] and the rows' gate values; backward recomputes the rest."""
+    """Saves only [gate | up] and the gate values; backward recomputes the rest."""
 
     @staticmethod
     def forward(ctx, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
@@ -230,7 +225,7 @@ class _SwiGLU(Function):
 
 
 class FFN(nn.Module):
-    """The SwiGLU feed-forward network w2(silu(w1 x) * w3 x). w13 has the rows of w1, then of w3."""
+    """The SwiGLU feed-forward network w2(silu(w1 x) * w3 x). w13 stacks w1 and w3."""
 
     def __init__(self, width: int, inner: int, precision: LayerPrecision, recompute: bool, **factory):
         super().__init__()
@@ -239,10 +234,7 @@ class FFN(nn.Module):
         self._recompute, self._kernels = recompute, precision.kernels
 
     def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
-        """Return the output (N, D).
-
-        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
-        """
+        """Return the output (N, D). remake: context in which backward recomputes x instead of saving it."""
         with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)
@@ -251,7 +243,7 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Return a context in which backward recomputes a = swiglu(h, gates), and autograd does not save it."""
+    """Return a context in which backward recomputes a = swiglu(h, gates) instead of saving it."""
     if not torch.is_grad_enabled():
         return nullcontext()
     sources = (h_N2F,) if gates_N is None else (h_N2F, gates_N)

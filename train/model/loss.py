@@ -1,11 +1,8 @@
 """Computes the cross-entropy, and log-probabilities for other losses, chunk by chunk (model.loss_chunk).
 
-The logits of all tokens never exist at the same time. With a vocabulary of 129,280, the fp32 logits of 4096 tokens
-would need 2 GiB, and their gradient another 2 GiB.
-
-For each chunk, forward computes the logits, the softmax in fp32, the loss, and the gradients of the hidden states and
-the head. Backward only scales these gradients. A CPU processes a few rows at a time, which fit in the cache. The
-gradient overwrites the logits.
+The logits of all tokens never exist at the same time. For each chunk, forward computes the logits, the softmax in fp32,
+the loss, and the gradients of the hidden states and the head. Backward only scales these gradients. A CPU processes a
+few rows at a time, which fit in the cache.
 
 Shapes: N tokens, C tokens of a chunk, R rows of a chunk, D width, V vocabulary.
 """
@@ -67,8 +64,7 @@ def token_logprobs(
 ) -> Tensor:
     """Return log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
 
-    Only one chunk's logits exist at a time, always in fp32. Backward computes them again, because the gradient depends
-    on a later loss.
+    Only one chunk's logits exist at a time, in fp32. Backward computes them again.
     """
     return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
 
@@ -110,7 +106,7 @@ class _TokenLogprobs(Function):
 def _log_softmax_of_chunks(
     hidden_ND: Tensor, head_VD: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield each chunk's row slice, and its log softmax(logits / temperature), fp32 (C, V)."""
+    """Yield each chunk's slice and its log softmax(logits / temperature), fp32 (C, V)."""
     head = head_VD.to(hidden_ND.dtype)
     for first in range(0, len(hidden_ND), chunk):
         rows = slice(first, first + chunk)

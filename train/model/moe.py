@@ -3,10 +3,10 @@
     y = shared(x) + sum over chosen experts of gate * expert(x)
 
 A dispatcher sends each token to the ranks of its chosen experts, and returns the sum of the experts' results. Experts
-multiply their results by the gate value, so combine only adds. `LocalDispatcher` is for a rank that has all experts.
+multiply their results by the gate value, so combine only adds.
 
-Shapes: B sequences, T tokens, D width, F inner width, E experts of this rank, K experts per token, R rows: one row for
-each token and chosen expert.
+Shapes: B sequences, T tokens, D width, F inner width, E experts of this rank, K experts per token, R rows: one for each
+token and chosen expert.
 """
 
 from contextlib import AbstractContextManager
@@ -34,7 +34,7 @@ class RoutedRows(Protocol):
     gates_R: Tensor
     """Gate value of every row, fp32."""
     counts_E: Tensor
-    """Number of rows of each local expert, int64, on the rows' device."""
+    """Rows of each local expert, int64, on the device."""
     state: Any
     """Data that the dispatcher needs for combine."""
 
@@ -43,21 +43,20 @@ class PendingRows(Protocol):
     """A dispatch in progress."""
 
     def wait(self) -> RoutedRows:
-        """Wait for the rows of this rank's experts, and return them. Call this once."""
+        """Wait for the rows of this rank's experts. Call this once."""
 
 
 class Dispatcher(Protocol):
-    """Dispatches tokens to experts, and combines the results. Differentiable in x and gates."""
+    """Dispatches tokens to experts, and combines results. Differentiable."""
 
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
         """Start to send every token to its K experts.
 
-        again: `RoutedRows.state` of an earlier dispatch of the same tokens, to reuse its routes; None: compute the
-            routes.
+        again: `RoutedRows.state` of an earlier dispatch of the same tokens, whose routes are used again.
         """
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
-        """Return for every token the sum of its K experts' results: (T, D)."""
+        """Return the sum of every token's K expert results: (T, D)."""
 
 
 class _Sorted(NamedTuple):
@@ -83,7 +82,7 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """Dispatches tokens to local experts by a stable sort. The host never waits for the device."""
+    """Dispatches tokens to local experts by a stable sort, without waiting for the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
@@ -107,7 +106,7 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Maps tokens to rows sorted by expert. Forward and backward use gathers, so sums have a fixed order."""
+    """Maps tokens to rows sorted by expert by gathers, so sums have a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):
@@ -139,7 +138,7 @@ class _Unpermute(Function):
 
 
 class Experts(nn.Module):
-    """Weights of this rank's routed experts: w13 (E, 2F, D), w1 before w3, and w2 (E, D, F)."""
+    """This rank's routed experts: w13 (E, 2F, D), w1 before w3, and w2 (E, D, F)."""
 
     def __init__(self, config: Model, local: range, **factory):
         super().__init__()
@@ -149,14 +148,14 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
         self.added_up: AddedMatmul | None = None
         self.added_down: AddedMatmul | None = None
-        """Adapters of w13 (`added_up`) and w2 (`added_down`), set before adapter training; else None."""
+        """Adapters of w13 (`added_up`) and w2 (`added_down`), if any."""
         self.packed_up: PackedWeight | None = None
         self.packed_down: PackedWeight | None = None
-        """Stored forms of the frozen w13 (`packed_up`) and w2 (`packed_down`); None for plain tensors."""
+        """Stored forms of the frozen w13 (`packed_up`) and w2 (`packed_down`), if not plain tensors."""
 
 
 class MoE(nn.Module):
-    """The router, the routed experts, and one wide FFN for all shared experts."""
+    """Router, routed experts, and one FFN for shared experts."""
 
     def __init__(
         self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
@@ -172,10 +171,7 @@ class MoE(nn.Module):
         self._precision, self.dispatcher = precision, dispatcher
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """Return the output (B, T, D).
-
-        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
-        """
+        """Return the output (B, T, D). remake: context in which backward recomputes x instead of saving it."""
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())

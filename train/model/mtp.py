@@ -1,13 +1,13 @@
 """Multi-token prediction (paper 2.2, eq. 21-25).
 
 Depth k predicts the token k+1 positions ahead. At position i it combines the embedding of token i+k with the hidden
-state of depth k-1. This hidden state depends on the tokens up to i+k-1. A transformer block processes the combination:
+state of depth k-1, which depends on the tokens up to i+k-1:
 
     h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
 
-The released weights have the two halves in this order. h_0 is the main model's output after its final norm. Each depth
-passes its normed output to the next depth. The paper does not specify the norm after the block. No tensor is detached
-from the graph. MTP depths share the embedding and the head with the main model.
+h_0 is the main model's output after its final norm. Each depth passes its normed output to the next depth; the paper
+does not specify this norm. No tensor is detached from the graph. MTP depths share the embedding and the head with the
+main model.
 
 Shapes: B sequences, T positions of this depth, D width.
 """
@@ -51,8 +51,7 @@ class MTP(nn.Module):
         """Return the normed hidden states of this depth, for the shared head and the next depth.
 
         hidden_BTD: states of the previous depth, without its last position.
-        embedding_BTD: embeddings of the tokens k positions later, where k is this depth.
-        positions: the positions of this depth.
+        embedding_BTD: embeddings of the tokens k positions later, at depth k.
         """
         joined = torch.cat([self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], -1)
         return self.norm(self.block(self.projection(joined), positions))

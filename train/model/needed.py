@@ -1,8 +1,8 @@
 """Finds which gradients a custom autograd Function must compute in the current backward pass.
 
-The pipeline schedules zbv and dualpipev run backward as two passes of autograd: one for input gradients (I), and one
-for weight gradients (W). ctx.needs_input_grad does not depend on the pass, so a Function would compute both gradients
-in both passes. This file asks autograd's engine which gradients the current pass needs.
+The pipeline schedules zbv and dualpipev run backward in two passes of autograd: input gradients (I), then weight
+gradients (W). ctx.needs_input_grad is the same in both, so a Function would compute both gradients twice. This file
+asks autograd's engine.
 """
 
 from collections.abc import Callable
@@ -37,40 +37,39 @@ SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 
 
 def gradients_needed(ctx: Any) -> tuple[bool, ...]:
-    """Return, for every argument of the Function, whether the current pass needs the argument's gradient.
+    """Return, for every argument of the Function, whether the current pass needs its gradient.
 
-    Call this function inside backward, with its ctx. If backward is not split, the result equals ctx.needs_input_grad.
+    Call this inside backward, with its ctx. Without a split, the result is ctx.needs_input_grad.
     """
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return tuple([required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad])
 
 
 def is_recorded(ctx: Any) -> bool:
-    """Return whether autograd records this forward, so that a backward can follow. Call it inside forward, with its
-    ctx.
+    """Return whether autograd records this forward. Call it inside forward, with its ctx.
 
-    ctx.needs_input_grad does not show this: it is True for every trained weight, even under torch.no_grad.
+    ctx.needs_input_grad is True for every trained weight, even under torch.no_grad.
     """
     return bool(ctx.next_functions)
 
 
 def node_of(ctx: Any, argument: int) -> Node:
-    """Return the node that receives an argument's gradient. The argument must require a gradient."""
+    """Return the node that receives the gradient of an argument, which must require one."""
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     return nodes[sum(ctx.needs_input_grad[:argument])]
 
 
 def will_accumulate(node: Node) -> bool:
-    """Return whether the current pass adds this leaf's gradients to its `.grad`."""
+    """Return whether this pass adds gradients to the leaf's `.grad`."""
     return _fate(node) == EXECUTED
 
 
 def _fate(node: Node) -> str:
-    """Return what the current pass does with a node: skip it, execute it, or return its incoming gradient."""
+    """Return what the current pass does with a node: skip, execute, or return its incoming gradient."""
     try:
         return EXECUTED if torch._C._will_engine_execute_node(node) else SKIPPED
     except RuntimeError as error:
-        # The engine raises an error for a leaf whose gradient autograd.grad() must return.
+        # The engine raises an error for a leaf whose gradient autograd.grad() returns.
         if "leaf node" not in str(error):
             raise
         return HANDED_OUT

@@ -1,7 +1,6 @@
 """Offloads activations to host memory until backward. The transfer to the host starts when the context ends.
 
-Each storage is sent completely and only once, even if autograd saved several views of it. The following tensors stay on
-the device:
+Each storage is sent once, even if autograd saved several views of it. The following tensors stay on the device:
 
     the block's input   the code before the block, or a pipeline's stage, keeps it in memory anyway
     weights, buffers    they are on the device anyway
@@ -25,22 +24,18 @@ class FetchedStorage(Protocol):
     """A tensor storage that is in host memory."""
 
     def fetched(self) -> Tensor:
-        """Copy the storage to the device, and return it as flat bytes."""
+        """Copy the storage to the device; return flat bytes."""
 
 
 class Host(Protocol):
     """Keeps tensors' storages in host memory until backward."""
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
-        """Start to copy storages to host memory.
-
-        storages: flat byte tensors that one context saved.
-        """
+        """Start to copy storages to host memory. storages: flat byte tensors of one context."""
 
 
 class OffloadedBlock(SavedContext):
-    """The context that offloads the tensors that autograd saves, except `stays`: the block's input, weights and
-    buffers."""
+    """The context that offloads the tensors that autograd saves. stays: tensors that stay on the device."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host
@@ -78,8 +73,7 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return a saved tensor's entry if the tensor must be copied to the host; else None. Creates the entry if an
-        inner context saved the tensor."""
+        """Return a saved tensor's entry if it must be copied to the host; else None. May create the entry."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None
@@ -87,16 +81,13 @@ class OffloadedBlock(SavedContext):
 
 
 class _OnHost:
-    """One saved tensor, on the device or as a view of a host storage."""
+    """One saved tensor, on the device or as a view of host memory."""
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
 
     def leave(self, sent: FetchedStorage) -> None:
-        """Release the tensor on the device.
-
-        sent: the host copy of the tensor's storage.
-        """
+        """Release the tensor on the device. sent: the host copy of its storage."""
         tensor, self.tensor = self.tensor, None
         assert tensor is not None
         self._sent = sent

@@ -1,7 +1,7 @@
 """Defines the operations that layers need. train/kernels implements them for different machines.
 
-A model is built with one `Kernels` object (`LayerPrecision.kernels`), which train/kernels/choice.py chooses. Operations
-with separate forward and backward methods are called by a custom autograd Function.
+A model is built with one `Kernels` object (`LayerPrecision.kernels`). Operations with separate forward and backward
+methods are called by a custom autograd Function.
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, B sequences, T positions or tokens, H heads, Q qk
 width, V value width, R rows sorted by expert, E experts, K experts per token, I inputs and O outputs of a matmul, C
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 
 ExpertGroups = Tensor | list[int]
-"""The rows of each expert: a list of row counts, or their ends as an int32 tensor (E,)."""
+"""The rows of each expert: a list of counts, or their ends, int32 (E,)."""
 
 RouterCounters = tuple[Tensor, Tensor, Tensor]
-"""Buffers load_E, score_E and balance_loss of a `Router`. A forward adds to them."""
+"""Buffers load_E, score_E and balance_loss of a `Router`; forwards add to them."""
 
 
 class RoutingRule(NamedTuple):
-    """The rule by which a router chooses experts and computes gate values."""
+    """How a router chooses experts and computes gate values."""
 
     top_k: int
     groups: int
@@ -36,7 +36,7 @@ class RoutingRule(NamedTuple):
     route_scale: float
     group_top_k: int
     softmax: bool = False
-    """Whether scores are the softmax of the logits, instead of their sigmoid."""
+    """Whether scores are the logits' softmax instead of their sigmoid."""
 
 
 class Kernels(Protocol):
@@ -53,16 +53,13 @@ class Kernels(Protocol):
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x and of the weight; None for a gradient that is not needed.
+        """Return the gradients of x and of the weight; None if not needed.
 
         With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)).
         """
 
     def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-        """Return silu(gate) * up of h = [gate | up], times the row's gate value if gates_N is given: (N, F).
-
-        The arithmetic is in fp32.
-        """
+        """Return silu(gate) * up of h = [gate | up], times each row's gate value if given: (N, F). Computed in fp32."""
 
     def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of h and of the gate values."""
@@ -74,8 +71,8 @@ class Kernels(Protocol):
 
         All heads get the same rope key.
 
-        q_BTHQ: queries, which the method may overwrite.
-        kv_BTHX: [nope key | value] of each head. The returned values may be a view of it.
+        q_BTHQ: queries, which may be overwritten.
+        kv_BTHX: [nope key | value] of each head; the result may be a view of it.
         table: see `Rope.table`.
         """
 
@@ -85,7 +82,7 @@ class Kernels(Protocol):
     def choose_keys(self, index: "IndexVectors", seen: SeenKeys, top_k: int) -> Tensor:
         """Return each local query's top_k visible keys with the largest scores, as positions: int32 (B, T, top_k).
 
-        Positions are in ascending order; -1 fills missing keys. If scores are equal, the earlier key wins.
+        Positions ascend; -1 fills missing keys. Of equal scores, the earlier key wins.
 
         seen: which keys are visible, with the keys of all positions as one block.
         """
@@ -99,7 +96,7 @@ class Kernels(Protocol):
     ) -> "IndexLoss":
         """Return the sum of weight * KL(p || softmax(I)) over the local queries, and its gradients.
 
-        The softmax covers all keys that a query sees. train/model/indexer.py defines p and I.
+        The softmax covers all visible keys. train/model/indexer.py defines p and I.
         """
 
     def attend_chosen(self, given: "ChosenInput") -> "ChosenOutput":
@@ -110,13 +107,13 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of queries and latents in their dtypes, and of the weight in fp32.
 
-        out_BTHV, lse_BTH: the output and log-sum-exp of `attend_chosen`.
+        out_BTHV, lse_BTH: results of `attend_chosen`.
         """
 
     def chosen_index_loss(
         self, index: "IndexVectors", chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor
     ) -> "IndexLoss":
-        """Return what `index_loss` returns, with a softmax over only the chosen keys.
+        """Return `index_loss` with a softmax over only the chosen keys.
 
         shares_BTK: attention probability of each chosen key, averaged over heads.
         """
@@ -127,7 +124,7 @@ class Kernels(Protocol):
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x in x's dtype, and of the weight in fp32; None if not needed."""
+        """Return the gradients of x, in its dtype, and of the weight, in fp32; None if not needed."""
 
     def route(
         self,
@@ -141,10 +138,10 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values (fp32) and expert ids (int64), both (B, T, K), from the router's logits.
 
-        Differentiable; the gradient includes the balance loss. In the second run of a block (train/model/recompute.py),
-        the method returns the ids of the first run and counts nothing.
+        Differentiable; the gradient includes the balance loss. In a block's second run (train/model/recompute.py), the
+        method returns the first run's ids and counts nothing.
 
-        replayed_BTK: ids of experts to use instead of the best. The gate values still come from this router's scores.
+        replayed_BTK: ids of experts to use instead of the best, with this router's gate values.
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,9 +152,7 @@ class Kernels(Protocol):
         """
 
     def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
-        """Return for every token the sum of its K rows: (T, D).
-
-        The rows are added in fp32, in the order of the axis K. Only the final sum is rounded.
+        """Return the sum of every token's K rows: (T, D). Adds in fp32, in the order of K, and rounds once.
 
         places_TK: indices of each token's rows.
         """
@@ -172,16 +167,13 @@ class Kernels(Protocol):
         """Return x W^T. Differentiable."""
 
     def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """Return left @ right^T in `dtype`: (O, N). If `into_ON` is given, adds the result to it, and returns it."""
+        """Return left @ right^T in `dtype`: (O, N), or adds it to `into_ON` and returns `into_ON`."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
-        """Return the argument `groups` of `grouped_matmul` and `grouped_weight_gradient`, for operands in `dtype`.
-
-        counts_E: number of rows of each expert.
-        """
+        """Return the argument `groups` of `grouped_matmul` for operands in `dtype`. counts_E: rows of each expert."""
 
     def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
-        """Multiply each row of x by its expert's weight. Returns (R, O)."""
+        """Multiply rows by their expert's weight: (R, O)."""
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None

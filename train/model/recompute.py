@@ -2,17 +2,16 @@
 
 The contexts of this file intercept the tensors that an operation saves for backward.
 
-    RecomputedOutputs    saves a function instead of an output, if the output is cheap to compute from a tensor that is
-                         saved anyway. Example: a norm's output from the norm's input.
+    RecomputedOutputs    saves a function instead of an output that is cheap to compute from a saved tensor, such as a
+                         norm's output from its input.
     ReplaceableTensors   saves tensors unchanged. A function of other saved tensors can replace a tensor later.
-    repeatable           saves only the input of a layer. It counts and drops the tensors that the operations save.
-                         When backward needs the first of these tensors, the layer runs a second time. Its tensors
-                         replace the dropped tensors, in the same order, in the graph of the first run. Backward may
-                         run in one pass or in two (zbv, dualpipev), or alternate with a forward. The second run stops
-                         after the last tensor that backward needs.
+    repeatable           saves only the input of a layer. It counts and drops the tensors that the operations save. When
+                         backward needs the first of them, the layer runs a second time. Its tensors replace the dropped
+                         tensors, in the same order, in the graph of the first run. The second run stops after the last
+                         needed tensor.
 
-Only the first run of a layer chooses experts and destination ranks. It stores these choices with `remember`. So the
-second run sends the same rows to the same ranks, even if a repeated matmul differs in its last bits.
+Only the first run of a layer chooses experts and destination ranks, and stores them with `remember`. So the second run
+sends the same rows to the same ranks, even if a repeated matmul differs in its last bits.
 
 Contexts can be nested. The enclosing context gets the tensors that the inner context does not intercept, and the
 objects that the inner context saves.
@@ -41,7 +40,7 @@ P = TypeVar("P", bound=PackedTensor)
 
 
 class SavedContext:
-    """A context that intercepts the tensors that its operations save for backward."""
+    """A context that intercepts the tensors that operations save for backward."""
 
     def __enter__(self) -> None:
         self._hooks = saved_tensors_hooks(_pack, unpacked)
@@ -54,7 +53,7 @@ class SavedContext:
         del self._hooks, self._token
 
     def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
-        """Return the tensor or substitute object that autograd shall save instead of `saved`."""
+        """Return what autograd shall save instead of `saved`."""
         raise NotImplementedError
 
     def makes(self, tensor: Tensor) -> bool:
@@ -67,17 +66,16 @@ _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", defaul
 
 
 def _pack(tensor: Tensor) -> Tensor | PackedTensor:
-    # Detach an operation's own output. Otherwise the output would refer to the operation, the operation would refer to
-    # the saved output, and the memory would never be freed. A weight is not an output. Save the weight itself, so that
-    # ZeRO 3 can free its memory before backward.
+    # Detach an operation's own output. Otherwise the operation and its saved output would refer to each other, and
+    # never be freed. Save a weight itself, so that ZeRO 3 can free its memory before backward.
     has_history = tensor.requires_grad and not isinstance(tensor, nn.Parameter)
     return pack_outside(tensor.detach() if has_history else tensor, None)
 
 
 def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
-    """Return what the open contexts save instead of `saved`, asking the innermost context first.
+    """Return what the open contexts save instead of `saved`, asking the innermost first.
 
-    context: ask only the contexts that enclose this context; None: ask all open contexts.
+    context: ask only contexts around this one; None: ask all.
     """
     opened = _OPEN.get()
     for one in reversed(opened[: opened.index(context)] if context in opened else opened):
@@ -93,7 +91,7 @@ def unpacked(saved: Tensor | PackedTensor) -> Tensor:
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Return whether the innermost open `RecomputedOutputs` recomputes the tensor instead of saving it."""
+    """Return whether the innermost open `RecomputedOutputs` recomputes the tensor."""
     opened = _OPEN.get()
     return bool(opened) and opened[-1].makes(tensor)
 
@@ -101,11 +99,10 @@ def is_free(tensor: Tensor) -> bool:
 class RecomputedOutputs(SavedContext):
     """A context that saves `function` instead of each of `outputs`.
 
-    Views of an output are recomputed too, if they start at its first element (reshapes, transposes). All tensors that
-    the context saved share the result of one call.
+    Views of an output are recomputed too, if they start at its first element (reshapes, transposes).
 
-    function: computes the outputs from `sources`, without gradient. It returns one tensor or a tuple of tensors, with
-        the values and strides of the outputs. Each backward pass may call it again.
+    function: computes the outputs from `sources`, without gradient. It returns one tensor or a tuple, with the values
+    and strides of the outputs. Each backward pass may call it again.
     """
 
     def __init__(
@@ -122,7 +119,7 @@ class RecomputedOutputs(SavedContext):
         return self._output(tensor) is not None
 
     def _output(self, tensor: Tensor) -> int | None:
-        """Return the index of the output that starts at this tensor's address, or None."""
+        """Return the index of the output at this address, or None."""
         index, numel = self._index.get(_address(tensor), (None, 0))
         return index if 0 < tensor.numel() <= numel else None
 
@@ -133,7 +130,7 @@ class RecomputedOutputs(SavedContext):
         return _Again(self, index, saved.size(), saved.stride())
 
     def make(self, index: int, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
-        """Return the output with this index, as a view with this size and stride."""
+        """Return the output with this index, with this size and stride."""
         if self._made is None:
             with torch.no_grad():
                 made = self._function(*map(unpacked, self._sources))
@@ -141,7 +138,7 @@ class RecomputedOutputs(SavedContext):
             self._waiting = self._saved
         base = self._made[index]
         self._waiting -= 1
-        if self._waiting == 0:  # all saved tensors are read; another backward pass would compute the result again
+        if self._waiting == 0:  # all are read; another backward pass would compute again
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
 
@@ -170,8 +167,7 @@ class ReplaceableTensors(SavedContext):
         return slot
 
     def replace(self, tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> None:
-        """Save the function `make` instead of this tensor, wherever an operation in the context saved exactly this
-        tensor.
+        """Save the function `make` instead of this tensor, wherever an operation saved exactly this tensor.
 
         make: computes nearly equal values of the same shape from `sources`.
         """
@@ -214,13 +210,13 @@ class Slot:
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x). Saves for backward only x and the decisions stored with `remember`."""
+    """Return function(x). Saves only x and the decisions stored with `remember`."""
     with _FirstRun(function, x):
         return function(x)
 
 
 class _FirstRun(SavedContext):
-    """The first run of a layer. Counts and drops the tensors that operations save."""
+    """The first run of a layer, which drops saved tensors."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self._function = function
@@ -234,11 +230,11 @@ class _FirstRun(SavedContext):
         return place
 
     def repeat(self) -> None:
-        """Run the layer again, and store its saved tensors in the first run's placeholders."""
+        """Run the layer again, to fill the first run's placeholders."""
         assert self._x is not None, "a layer runs again once"
         x, self._x = unpacked(self._x).detach().requires_grad_(), None
         second = _SecondRun(self._places, self.decisions)
-        token = _OPEN.set(())  # contexts that are open around backward must not act on the second run
+        token = _OPEN.set(())  # contexts around backward must not act on the second run
         try:
             with torch.enable_grad(), second:
                 self._function(x)
@@ -250,7 +246,7 @@ class _FirstRun(SavedContext):
 
 
 class _Place:
-    """A placeholder for one tensor that an operation saved in the first run."""
+    """A placeholder for one tensor of the first run."""
 
     def __init__(self, run: _FirstRun):
         self._run: _FirstRun | None = run
@@ -265,7 +261,7 @@ class _Place:
 
 
 class _SecondRun(SavedContext):
-    """The second run of a layer. Stores each saved tensor in the first run's placeholder."""
+    """A layer's second run, which fills the first run's placeholders."""
 
     def __init__(self, places: "list[weakref.ref[_Place]]", decisions: list[Any]):
         self._places, self._decisions = iter(places), iter(decisions)
@@ -288,16 +284,16 @@ class _SecondRun(SavedContext):
 
 
 class _AllThere(Exception):
-    """Raised to end a second run when all placeholders have their tensors."""
+    """Raised to end a second run when all placeholders are filled."""
 
 
 def is_repeated() -> bool:
-    """Return whether the second run of a layer is in progress. Counters must ignore this run."""
+    """Return whether a layer's second run is in progress, which counters must ignore."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 
 def remember(decision: T) -> T:
-    """Store a decision, and return it. In the layer's second run, `recall` returns it."""
+    """Store a decision, which `recall` returns in the layer's second run."""
     for context in _OPEN.get():
         if isinstance(context, _FirstRun):
             context.decisions.append(decision)
@@ -311,5 +307,5 @@ def recall() -> Any:
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Return an identifier of the start of the tensor's memory, also on the meta device."""
+    """Return an identifier of the tensor's start, also on meta."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

@@ -1,14 +1,12 @@
 """Rotary position embedding on adjacent pairs (paper 2.1.1), and its extension by YaRN (paper 4.3).
 
 Pair j of the R rope elements at position t rotates by the angle t * theta^(-2j/R), as a complex multiplication in fp32.
-YaRN keeps the frequency of fast pairs, and divides the frequency of slow pairs by `factor`. In between it interpolates
-linearly.
+YaRN keeps the frequency of fast pairs, divides that of slow pairs by `factor`, and interpolates linearly in between.
 
 Models increase the attention scores in these ways:
 - DeepSeek scales complete queries and keys by `mscale`.
-- The YaRN paper (3.4) scales only the rotated parts of queries and keys, by `attention_factor`. A model may use both
-factors.
-- Mistral Large 3 scales each query by a factor that grows with the query's position (`Rope.grow`).
+- The YaRN paper (3.4) scales only the rotated parts by `attention_factor`. A model may use both factors.
+- Mistral Large 3 scales each query by a factor that grows with its position (`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -24,8 +22,7 @@ from conf.schema import Model
 class Rope:
     """The rotations for one run. Tables are built on first use and cached for each device.
 
-    seq_len: length of the run's sequences, in tokens. YaRN applies if seq_len exceeds yarn.original_seq_len, or if
-        yarn.always is set.
+    seq_len: tokens per sequence. YaRN applies if seq_len exceeds yarn.original_seq_len, or if yarn.always is set.
     """
 
     def __init__(self, config: Model, seq_len: int):
@@ -35,7 +32,7 @@ class Rope:
 
     @property
     def softmax_scale(self) -> float:
-        """Factor of the attention scores: 1/sqrt(qk width), or with YaRN mscale^2/sqrt(qk width)."""
+        """Factor of attention scores: 1/sqrt(qk width), or with YaRN mscale^2/sqrt(qk width)."""
         yarn = self._config.yarn
         scale = (self._config.nope_head_dim + self._config.rope_head_dim) ** -0.5
         if self._extended and yarn.factor > 1:
@@ -58,7 +55,7 @@ class Rope:
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """Return the fractional index of the rope pair that makes this many full turns over the original length."""
+        """Return the fractional index of the rope pair with this many turns over the original length."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
@@ -68,7 +65,7 @@ class Rope:
         return self._extended and bool(self._config.yarn.query_growth)
 
     def grow(self, q_BTX: Tensor, positions_T: Tensor) -> Tensor:
-        """Multiply each query by 1 + query_growth ln(1 + floor(p / original_seq_len)), with p its position.
+        """Multiply each query at position p by 1 + query_growth ln(1 + floor(p / original_seq_len)).
 
         Without query_growth, the queries do not change.
         """
@@ -80,11 +77,10 @@ class Rope:
         return (q_BTX * sizes_T.to(exact).unsqueeze(-1)).to(q_BTX.dtype)
 
     def table(self, length: int, device: torch.device) -> Tensor:
-        """Return exp(i angle) for the first `length` positions, complex64 (T, R/2); YaRN multiplies the result by
-        attention_factor."""
+        """Return exp(i angle) for the first positions, complex64 (T, R/2); YaRN multiplies by attention_factor."""
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
-            # The CPU computes the table for every device. In mode=plan (device meta), no code reads the values.
+            # The CPU computes the table for every device; on meta, no code reads it.
             maker = device if device.type == "meta" else torch.device("cpu")
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32, device=maker)
             angles = torch.outer(positions, self.frequencies().to(maker))
@@ -94,10 +90,7 @@ class Rope:
 
 
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
-    """Multiply adjacent pairs of the last axis by the complex table (T, R/2). The result is fp32.
-
-    Gradients need table.conj().
-    """
+    """Multiply adjacent pairs of the last axis by the complex table (T, R/2), in fp32. Gradients need table.conj()."""
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
 

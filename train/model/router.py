@@ -4,15 +4,14 @@
     chosen = the experts with the top_k largest s + bias, among the experts of the chosen groups
     gates = route_scale * s[chosen] / sum(s[chosen])
 
-The chosen groups are the top_groups groups with the largest sum of s + bias over the group's best group_top_k experts.
-The bias affects only the choice of groups and experts. If scores are equal, the lower index wins. The sequence-wise
-loss (paper eq. 17-20) is
+The chosen groups are the top_groups groups with the largest sum of s + bias over their best group_top_k experts. Of
+equal scores, the lower index wins. The sequence-wise loss (paper eq. 17-20) is
 
     weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
     f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
 
-If a sequence contains separate samples, the mean is over samples, and T is the length of the sample. The router adds
-the gradient of this loss to the gradient of the gates.
+If a sequence contains separate samples, the mean is over samples, and T is a sample's length. The router adds this
+loss's gradient to the gradient of the gates.
 
 Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
 """
@@ -31,17 +30,17 @@ from train.model.sequence import Positions
 class Router(nn.Module):
     """Chooses experts and counts its choices.
 
-    bias_E (fp32) is part of the run's state: checkpoints store it, and `update_bias` changes it. It gets no gradient.
-    `balance_weight` is alpha divided by the number of micro-batches, set before each step. `frozen` says whether
-    training leaves the router's weight unchanged.
+    bias_E (fp32) is part of the run's state: checkpoints store it, and `update_bias` changes it. `balance_weight` is
+    alpha divided by the number of micro-batches, set before each step. `frozen`: whether training leaves the router's
+    weight unchanged.
 
     In training, every forward adds to three sums, which `clear` sets to 0:
     - load_E: tokens per expert, int64.
     - score_E: sum over sequences of P_i.
     - balance_loss: already multiplied by its weight.
 
-    Positions whose target is in another sample (`Positions.counted_BT`) are routed to experts, but not counted. If
-    ranks share sequences, f_i covers complete sequences, and each rank adds its own positions.
+    Positions whose target is in another sample (`Positions.counted_BT`) are routed but not counted. If ranks share
+    sequences, f_i covers complete sequences, and each rank adds its own positions.
     """
 
     bias_E: Tensor
@@ -65,7 +64,7 @@ class Router(nn.Module):
         self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
         self.balance_weight, self.frozen = 0.0, False
         self.layer: int | None = None
-        """Index of this router among the main model's MoE layers, set by the model; None in an MTP module."""
+        """Index among the main model's MoE layers, set by the model; None in an MTP module."""
         self._kernels = kernels
 
     def forward(
@@ -73,8 +72,7 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
-        positions: the positions of x; None: x contains complete sequences.
+        remake: context in which backward recomputes x instead of saving it. positions: None for complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         logits_BTE = self.score(x_BTD, remake)
@@ -88,15 +86,15 @@ class Router(nn.Module):
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
 
     def score(self, x_BTD: Tensor, remake: AbstractContextManager) -> Tensor:
-        """Return the logits, fp32 (B, T, E). A user's router may override this method."""
+        """Return the logits, fp32 (B, T, E). A user's router may override this."""
         with remake:
             weight_ED = self.weight.detach() if self.frozen else self.weight
             return exact_matmul(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
-        """Apply `fn`, as torch does for module.to() and module.bfloat16(), but keep the dtype of the buffers.
+        """Apply `fn`, as in module.to() and module.bfloat16(), but keep the dtype of the buffers.
 
-        Engines call module.bfloat16() to convert the weights; this must not round the buffers.
+        Engines call module.bfloat16() for the weights, which must not round the buffers.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -113,8 +111,7 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Return the entropy (nats) of the experts' mean normalised scores since the last `clear`; log(experts) if all
-        are equal."""
+        """Return the entropy (nats) of the experts' mean scores since `clear`; log(experts) if all are equal."""
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 
@@ -143,9 +140,7 @@ class _Logits(Function):
 
 @torch.no_grad()
 def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
-    """Update the biases after a step: b_i += speed * sign(mean load - load_i), in place.
-
-    This is auxiliary-loss-free balancing (paper 2.1.2).
+    """Update the biases after a step: b_i += speed * sign(mean load - load_i), in place (paper 2.1.2).
 
     load_E: tokens per expert in the step's batch, over all ranks.
     """

@@ -7,9 +7,8 @@ are in memory. The log-sum-exps of the scores combine the results of the blocks:
                o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
     backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
 
-Backward gathers the latents and computes keys and values again. It sends the gradient of a latent to the rank that has
-the position. If backward is split into two passes (needed.py), the first pass stores the weight's gradient, and the
-second returns it.
+Backward gathers the latents and computes keys and values again. It sends a latent's gradient to the rank of the
+position. If backward is split in two (needed.py), the first pass stores the weight's gradient for the second.
 
 Shapes: B sequences, T positions of this rank, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R
 rope width.
@@ -46,16 +45,13 @@ class KeysOfLatents:
     nope: int
 
     def make(self, kv_BLX: Tensor, k_rope_BLR: Tensor) -> tuple[Tensor, Tensor]:
-        """Build keys (B, H, L, Q) and values (B, H, L, V) from [nope key | value] and the shared rope keys."""
+        """Build keys (B, H, L, Q) and values (B, H, L, V) from [nope key | value] and shared rope keys."""
         kv_BHLX = kv_BLX.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_rope_BHLR = k_rope_BLR.unsqueeze(1).expand(-1, self.heads, -1, -1)
         return torch.cat([kv_BHLX[..., : self.nope], k_rope_BHLR], -1), kv_BHLX[..., self.nope :]
 
     def of(self, latents_BLX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a block.
-
-        latents_BLX: [latent | rotated rope key].
-        """
+        """Return keys and values. latents_BLX: [latent | rotated rope key]."""
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         return self.make(self.up(latent_BLC), k_rope_BLR)
 
@@ -67,8 +63,7 @@ class KeysOfLatents:
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Return the gradients of queries, latents and weights for one block.
 
-        attend: the backward of attention. It returns the gradients of queries, keys and values, for given keys and
-            values.
+        attend: returns the gradients of queries, keys and values, from keys and values.
         """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         with torch.enable_grad():
@@ -85,7 +80,7 @@ class SharedAttention(Function):
     """Computes softmax(scale q k^T) v of the local queries over the keys of all positions: (B, H, T, V).
 
     latents_BTX: [latent | rotated rope key] of the local positions.
-    weights: the trained weights of `keys.up`, which maps latents to keys and values.
+    weights: the trained weights of `keys.up`.
     gathering: the gather of all positions' latents, already in progress.
     watch, lse: see `AttentionInput`.
     """

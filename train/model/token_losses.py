@@ -1,17 +1,16 @@
 """Defines losses of tokens, which are functions of log-probabilities and of other tensors in the batch.
 
-A loss is a function `loss(logprobs_BT, tokens, **settings)`. It returns the loss of every token, (B, T), with gradient.
-The engine accepts the losses of this file by name, and your own function. The engine multiplies each token's loss
-by the token's weight, sums over the learnt (supervised) tokens of a step, and divides by their number.
+A loss is a function `loss(logprobs_BT, tokens, **settings)` that returns the loss of every token, (B, T), with
+gradient. The engine accepts the losses of this file by name, and your own function. It multiplies each token's loss by
+the token's weight, sums over the learnt (supervised) tokens of a step, and divides by their number.
 
 All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
-are 0, and the engine ignores the result. The formulas below use:
+are 0, and the result is ignored. The formulas below use:
 
-    r = exp(logprob - old_logprob)     ratio of a token's probability to its probability under the policy that sampled
-                                       the token
+    r = exp(logprob - old_logprob)     a token's probability / its probability under the sampling policy
     A                                  advantage of the token
 
-Shapes: B sequences, T positions, where position t predicts token t + 1. The batch has tensors for tokens, (B, T + 1).
+Shapes: B sequences, T positions, where position t predicts token t + 1. The batch's tensors are (B, T + 1).
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ class LossTokens:
     """The tensors of the batch by name, each (B, T)."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the batch's tensor of this name. Raises UserError if it is missing."""
+        """Return the batch's tensor, or raise UserError if it is missing."""
         if name not in self.tensors:
             given = ", ".join(self.tensors) or "none"
             raise UserError("batch.tensors", given, f"must have `{name}`, which the loss needs", "add it to the batch")
@@ -52,20 +51,19 @@ class LossTokens:
 
 
 TokenLoss = Callable[..., Tensor]
-"""A loss of tokens, as described at the top of this file."""
+"""A loss of tokens; see the top of this file."""
 
 
 def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns -logprob, the cross-entropy of pretraining and supervised fine-tuning.
 
-    Without weights and temperatures, the output head computes the cross-entropy directly.
+    Without weights and temperatures, the output head computes it directly.
     """
     return -logprobs_BT
 
 
 def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """Returns -r A (see the top of this file): the policy gradient with importance weights, for tokens of another
-    policy.
+    """Returns -r A (see the top of this file), the policy gradient for tokens of another policy.
 
     Needs the tensors advantages and old_logprobs.
     """
@@ -73,12 +71,10 @@ def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 
 
 def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
-    """Returns the PPO loss -min(r A, clip(r, 1 - clip, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, eq.
-    7).
+    """Returns the PPO loss -min(r A, clip(r, 1 - clip, 1 + clip_high) A) (arXiv 1707.06347, eq. 7).
 
-    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476).
-
-    Needs the tensors advantages and old_logprobs.
+    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476). Needs the tensors advantages
+    and old_logprobs.
     """
     return _clipped(_ratio(logprobs_BT, tokens), tokens["advantages"], clip, clip_high)
 
@@ -86,8 +82,8 @@ def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: f
 def cispo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 1.0, clip_high: float = 2.0) -> Tensor:
     """Returns -stopgrad(clip(r, 1 - clip, 1 + clip_high)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4).
 
-    r (see the top of this file) is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as
-    in the paper. Needs the tensors advantages and old_logprobs.
+    r is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as in the paper. Needs the
+    tensors advantages and old_logprobs.
     """
     weights_BT = _ratio(logprobs_BT, tokens).detach().clamp(1 - clip, 1 + clip_high)
     return -weights_BT * tokens["advantages"] * logprobs_BT
@@ -95,11 +91,10 @@ def cispo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 1.0, clip_high:
 
 def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high: float | None = 4e-4) -> Tensor:
     """Returns -min(s A, clip(s, 1 - clip, 1 + clip_high) A), where s is the geometric mean of r over the sample's
-    learnt tokens.
+    learnt tokens (arXiv 2507.18071, eq. 5 to 7, bounds from 5.1).
 
-    Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1. Every learnt token has the loss of its
-    sample, so a longer sample has a larger weight. Needs the tensors advantages (equal for all tokens of a sample) and
-    old_logprobs. r, A: see the top of this file.
+    Every learnt token has the loss of its sample, so a longer sample has a larger weight. Needs the tensors advantages
+    (equal for all tokens of a sample) and old_logprobs. r, A: see the top of this file.
     """
     ratio_BT = tokens.mean_of_samples(logprobs_BT - tokens["old_logprobs"]).exp()
     return _clipped(ratio_BT, tokens["advantages"], clip, clip_high)
@@ -108,8 +103,8 @@ def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high:
 def kl(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns exp(d) - d - 1 with d = ref_logprob - logprob (DeepSeekMath, arXiv 2402.03300, eq. 4).
 
-    For sampled tokens, this is an unbiased, nonnegative estimate of the KL divergence between the policy and a
-    reference policy. Needs the tensor ref_logprobs.
+    For sampled tokens, it is an unbiased, nonnegative estimate of the KL divergence from a reference policy. Needs the
+    tensor ref_logprobs.
     """
     difference_BT = tokens["ref_logprobs"] - logprobs_BT
     return difference_BT.exp() - difference_BT - 1
@@ -125,7 +120,7 @@ NEEDED_TENSORS: dict[TokenLoss, tuple[str, ...]] = {
     **dict.fromkeys((importance_sampling, ppo, cispo, gspo), _POLICY),
     kl: ("ref_logprobs",),
 }
-"""Maps a loss function to the names of the batch tensors that it needs."""
+"""For each loss function: the batch tensors that it needs."""
 
 
 def _ratio(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:

@@ -1,12 +1,10 @@
 """Accumulates the gradient of a matmul's weight: one function for all matmuls, precisions and devices.
 
 The `.grad` of a weight is a sum over micro-batches in fp32, even if the weight is bf16 (paper 3.3.3). Here the matmul
-adds directly to this sum, without rounding: 8 bytes of traffic per weight. Plain autograd would write a rounded bf16
-gradient first and then add it: 18 bytes.
+adds directly to this sum, without rounding.
 
 The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
-that use the weight. So this node shows that the weight's gradient of the pass is complete
-(parallel/zero/sharded_weights.py).
+that use the weight. So this node shows that the weight's gradient is complete (parallel/zero/sharded_weights.py).
 
 Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """
@@ -26,10 +24,10 @@ WeightMatmul = Callable[[torch.dtype, Tensor | None], Tensor]
 
 
 def weight_gradient(ctx: Any, argument: int, weight: Tensor, matmul: WeightMatmul) -> Tensor | None:
-    """Compute a weight's gradient, and return the value that a Function's backward must return for the weight.
+    """Compute a weight's gradient, and return what a Function's backward must return for the weight.
 
     If the gradient is fp32 and this pass accumulates it, the matmul adds it to `.grad`, and the result is None.
-    Otherwise the result is the gradient: for autograd.grad(), non-leaf weights and other dtypes.
+    Otherwise the result is the gradient.
     """
     node = node_of(ctx, argument)
     leaf = getattr(node, "variable", None)
@@ -70,8 +68,7 @@ class LinearMatmul(Function):
 class GroupedMatmul(Function):
     """Multiplies each row by the transposed weight of the row's expert.
 
-    The Function saves the weight itself, because ZeRO 3 frees the weight between forward and backward. F.grouped_mm
-    would save a view, which keeps the memory allocated.
+    It saves the weight itself, which ZeRO 3 can free between forward and backward; F.grouped_mm would save a view.
     """
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""Optimizers of the weights, and schedules of the learning rate and other settings."""
+"""Optimizers of the weights, and schedules of settings."""

@@ -1,6 +1,6 @@
 """AdamW with fp32 weights and bf16 moments (paper 3.3.3), for the flat shards of ZeRO.
 
-The reference is torch's fused kernel. CPUs with AVX2 use train/kernels/cpu/adamw.cpp. GPUs use
+The reference is torch's fused kernel. CPUs with AVX2 use train/kernels/cpu/adamw.cpp, GPUs
 train/kernels/gpu/triton_adamw.py.
 """
 
@@ -20,8 +20,7 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Number of elements of torch's widest vector. torch's kernel updates the elements after the last full vector in double
-precision."""
+"""Elements of torch's widest vector. torch's kernel updates the elements after the last vector in double precision."""
 
 _load = partial(library, "adamw")
 _sum_of_squares = Kernel(
@@ -41,15 +40,15 @@ _adamw = Kernel(
 
 
 class WeightShapes(NamedTuple):
-    """The rule and the weights of a parameter group, for a plan."""
+    """Rule and weights of a parameter group, for a plan."""
 
     rule: UpdateRule
     shapes: Sequence[tuple[str, Sequence[int]]]
-    """Name and shape of each weight. The shape of experts is that of this rank's experts."""
+    """Name and shape of each weight; experts: those of this rank."""
 
 
 class UpdatePiece(NamedTuple):
-    """Operands for the update of adjacent shard elements. All tensors are flat."""
+    """Operands for the update of adjacent shard elements, all flat."""
 
     weight: Tensor
     grad: Tensor
@@ -60,11 +59,9 @@ class UpdatePiece(NamedTuple):
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, in fp32, on the device of the weights.
 
-    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Elements do not affect each other, so any
-    sharding gives the same bits.
+    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Any sharding gives the same bits.
 
-    moments: dtype of the moments.
-    compiled: whether a CPU uses compiled code; see `Kernels.parts`.
+    moments: dtype of the moments. compiled: whether a CPU uses compiled code.
     """
 
     def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype, compiled: bool):
@@ -77,18 +74,12 @@ class AdamW(torch.optim.Optimizer):
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
-        """Creates AdamW for these parameter groups, with the run's settings.
-
-        parts: see `Kernels.parts`.
-        """
+        """Creates AdamW for these groups, with the run's settings. parts: see `Kernels.parts`."""
         return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
 
     @staticmethod
     def count_scratch_bytes(kind: str, config: Config, group: WeightShapes, elements: int, compiled: bool) -> int:
-        """Returns the scratch memory, in bytes, for an update of `elements` elements of a group.
-
-        kind: the device type.
-        """
+        """Returns the scratch memory, in bytes, for an update of `elements` elements. kind: device type."""
         none = kind == "cuda" or compiled or moments_dtype(config.precision) == torch.float32
         return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
@@ -101,7 +92,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Returns the sum of squares of each flat fp32 tensor: fp64 (pieces,)."""
+        """Returns each flat fp32 tensor's sum of squares: fp64 (pieces,)."""
         if pieces and pieces[0].is_cuda:
             from train.kernels.gpu import triton_adamw
 
@@ -112,8 +103,7 @@ class AdamW(torch.optim.Optimizer):
     def _sum_of_squares(self, x: Tensor) -> Tensor:
         """Returns the sum of squares of all elements: each row is summed in fp32, and the rows in fp64.
 
-        The relative error is 1e-7 (torch's norm of the complete tensor: 1e-4). A sum in fp64 is as accurate, but ten
-        times slower.
+        The relative error is 1e-7 (torch's norm of the complete tensor: 1e-4). A sum in fp64 would be ten times slower.
         """
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
@@ -159,7 +149,7 @@ class AdamW(torch.optim.Optimizer):
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
     """Update with torch's fused kernel, in one pass over memory. Also multiplies the gradient by `factor` in place.
 
-    Moments in another dtype than fp32 are copied to fp32 and back, chunk by chunk.
+    Moments are copied to fp32 and back, chunk by chunk, if necessary.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
     step = torch.full(
@@ -195,10 +185,7 @@ def _update_on_gpu(
     count: int,
     factor: Tensor | float | None,
 ) -> None:
-    """Update the shard with all pieces of its gradient in one launch.
-
-    held: weight and both moments, flat.
-    """
+    """Update the shard in one launch. gradients: its pieces. held: weight and both moments, flat."""
     from train.kernels.gpu import triton_adamw
 
     weight, mean, square = held

@@ -1,8 +1,7 @@
 """Splits a weight into logical matrices by its name. Muon orthogonalises each logical matrix separately.
 
 Some weights stack independent matrices: attention heads, the keys and values of a head, the latent and the rope key, w1
-and w3, or experts. In one matrix, the largest block would dominate the singular values of the other blocks. With Muon,
-MLA trained worse until its heads were split (GLM-5's report). conf/optimizers.py decides which weights Muon updates.
+and w3, or experts. In one matrix, the largest block would dominate the singular values of the others.
 
 Every logical matrix is a rectangle in the rows and columns of its weight. A weight (E, R, C) has E * R rows.
 """
@@ -36,7 +35,7 @@ class MatrixStack(NamedTuple):
     """
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Returns the length of each logical matrix along the stacked axis, for a model and the axis length."""
+    """Returns the logical matrices' lengths along the stacked axis, from the model and the axis length."""
     axis: int = -2
     by_head: bool = False
 
@@ -48,14 +47,13 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Maps a pattern of weight names to a `MatrixStack`. A weight whose name matches no pattern is one matrix."""
+"""Patterns of weight names, each with its `MatrixStack`. Other weights are one matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
     """Returns the logical matrices of a weight that Muon updates.
 
-    shape: (rows, columns), or (E, rows, columns) with any number of experts.
-    by_head: whether to split attention weights by heads.
+    shape: (rows, columns), or (E, rows, columns). by_head: whether to split attention weights by heads.
     """
     *experts, rows, columns = shape
     stack = next((stack for part, stack in STACKS.items() if re.search(part, name)), None)
@@ -78,22 +76,18 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-# Newton-Schulz iteration, which computes the orthogonal factor of a matrix. Muon applies the iteration to the momentum.
+# Newton-Schulz iteration, which computes the orthogonal factor of a matrix.
 #
 # With G = U S V^T, each step applies the same odd polynomial to all singular values and keeps U and V:
 #
-#     X <- a X + (b A + c A A) X,   A = X X^T,   from X = G / |G|   (Frobenius norm)
+# X <- a X + (b A + c A A) X,   A = X X^T,   from X = G / |G|   (Frobenius norm)
 #
-# The singular values approach 1, and X approaches U V^T. The iteration needs only matmuls and no decomposition. A
-# matrix with more rows than columns is transposed, so that A has the smaller of the two possible shapes. A zero matrix
-# gives zeros.
+# The singular values approach 1, and X approaches U V^T. A matrix with more rows than columns is transposed, so that A
+# is small. A zero matrix gives zeros. There are three sets of coefficients:
 #
-# There are three sets of coefficients:
-# - `quintic` has Jordan's coefficients. They give singular values between about 0.68 and 1.2 (Muon,
-#   kellerjordan.github.io/posts/muon; Moonlight, arXiv 2502.16982).
-# - `polar_express` has different coefficients in each step. They are optimal for the result of the previous step (arXiv
-#   2505.16932, algorithm 1).
-# - `deepseek_v4` has eight steps of `quintic`, and then two steps that converge to 1 (DeepSeek-V4's report).
+# - `quintic`: Jordan's, with results between about 0.68 and 1.2 (kellerjordan.github.io/posts/muon)
+# - `polar_express`: optimal for the result of the previous step (arXiv 2505.16932, algorithm 1)
+# - `deepseek_v4`: eight steps of `quintic`, then two that converge to 1 (DeepSeek-V4's report)
 #
 # Shapes: B matrices, M rows, N columns.
 
@@ -107,7 +101,7 @@ PUBLISHED_POLAR: tuple[Coefficients, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 SAFETY = 1.01
-"""Divisor of the Polar Express coefficients. Without it, rounding could leave a singular value above 1."""
+"""Divisor of the Polar Express coefficients. It keeps singular values below 1 despite rounding."""
 
 
 ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
@@ -120,7 +114,7 @@ ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
 def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
     """Returns the orthogonal factor of each matrix. The matmuls and the result have the dtype of g.
 
-    Each matrix is divided by its largest element, and then by its norm. So the norm cannot overflow or underflow.
+    Each matrix is divided by its largest element, then by its norm, which cannot overflow or underflow.
     """
     x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
     x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))
@@ -137,6 +131,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the FLOPs for one matrix. Each Newton-Schulz step has three matmuls."""
+    """Returns the FLOPs for one matrix. Each step has three matmuls."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

@@ -4,8 +4,8 @@
     O  = NS(G + mu M)         Nesterov; NS (Newton-Schulz) of each logical matrix (train/optim/matrices.py)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
 
-The factor 0.2 sqrt(max(rows, columns)) gives an update the magnitude of AdamW's updates, so AdamW's learning rate and
-decay suit Muon. AdamW updates the embedding, the head, the routers, the indexers and the norm weights.
+The factor 0.2 sqrt(max(rows, columns)) gives an update the magnitude of AdamW's updates. So AdamW's learning rate and
+decay suit Muon. AdamW updates the other weights.
 
 ZeRO passes flat shards, which may begin and end at any element. Each rank updates the momentum of its shard. The owner
 of a matrix gathers its parts from other ranks, orthogonalises it, and sends the result back (parallel/owners.py).
@@ -31,7 +31,7 @@ UPDATE_SIZE = 0.2
 
 
 class _Placed(NamedTuple):
-    """The logical matrices of a flat parameter, and the ranks that orthogonalise them (owners)."""
+    """The logical matrices of a flat parameter, and their owners."""
 
     matrices: list[SharedMatrix]
     owners: MatrixOwners
@@ -54,9 +54,9 @@ class Muon(AdamW):
         """Returns an upper bound of the scratch memory, in bytes.
 
         A pack of p elements has its matrices and results in fp32, and may still have the results of the previous pack.
-        Adjacent matrices of one shape form a batch of b elements, with Gram matrices of g elements. In addition to its
-        result, a batch needs itself, a scaled copy and two iterates, and two Gram matrices: 12 b + 8 g bytes in fp32. A
-        GPU iterates in bf16. Ranks that share matrices send and receive up to the fraction `away` of a pack.
+        Adjacent matrices of one shape form a batch of b elements, with Gram matrices of g elements. Besides its result,
+        a batch needs itself, a scaled copy, two iterates and two Gram matrices: 12 b + 8 g bytes in fp32. Ranks that
+        share matrices send and receive up to the fraction `away` of a pack.
         """
         if not group.rule.is_whole:
             return AdamW.count_scratch_bytes(kind, config, group, elements, compiled)
@@ -81,7 +81,7 @@ class Muon(AdamW):
         return math.ceil(max(computed, pack * (4 + 20 * away)))
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Allocate Muon's momentum or AdamW's moments of a parameter, unless they exist."""
+        """Allocate Muon's momentum or AdamW's moments, unless they exist."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             return super().allocate(param)
@@ -119,7 +119,7 @@ class Muon(AdamW):
         """Apply weight decay, and subtract the scaled orthogonal factors in `gradients`."""
         matrices, owners = self._place(param, shard)
         masters, decay = param.detach().view(-1), 1 - group["lr"] * group["weight_decay"]
-        one_by_one = len(gradients) > 1  # each weight has its own gradient, and no other rank has parts of its matrices
+        one_by_one = len(gradients) > 1  # each weight has its own gradient, and its matrices are not shared
 
         def read(weight: int, piece: WeightPiece) -> Tensor:
             flat, place = (gradients[weight], 0) if one_by_one else (gradients[0], None)
@@ -133,8 +133,7 @@ class Muon(AdamW):
         owners.each(read, lambda _, whole: self._factors(whole), write, masters[:0])
 
     def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Returns each matrix's orthogonal factor. Adjacent matrices of one shape form a batch. A GPU uses bf16, as
-        published."""
+        """Returns each matrix's orthogonal factor. Adjacent matrices of one shape form a batch, in bf16 on a GPU."""
         found: list[Tensor] = []
         for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
             batch = torch.stack(list(same))

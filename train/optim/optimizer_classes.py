@@ -1,4 +1,4 @@
-"""Maps each optimizer's name to its class. conf/optimizers.py describes the optimizers' states."""
+"""Maps each optimizer's name to its class; conf/optimizers.py has their states."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -11,19 +11,13 @@ from train.optim.muon import Muon
 
 
 class OptimizerClass(Protocol):
-    """The functions of an optimizer class that are called before an instance exists."""
+    """The functions of an optimizer class that need no instance."""
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
-        """Creates the optimizer for these parameter groups, with the run's settings.
-
-        parts: see `Kernels.parts`.
-        """
+        """Creates the optimizer for these groups, with the run's settings. parts: see `Kernels.parts`."""
 
     def count_scratch_bytes(self, kind: str, config: Config, group: WeightShapes, elements: int, compiled: bool) -> int:
-        """Returns the scratch memory, in bytes, for an update of `elements` elements of a group.
-
-        kind: the device type.
-        """
+        """Returns the scratch memory, in bytes, for an update of `elements` elements. kind: device type."""
 
 
 OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

@@ -4,10 +4,9 @@
     q_nope, k_nope  times  sqrt(eta),   q_rope  times  eta
 
 So every score of the head is multiplied by eta. The rope key is not scaled, because all heads share it. QK-clip scales
-rows of the weights that produce queries and keys. It scales the fp32 master weights after the optimizer's update,
-before they are rounded. Momentum is not scaled.
+rows of the fp32 master weights after the optimizer's update, before they are rounded. Momentum is not scaled.
 
-S covers all training micro-batches of a step, on all ranks that have the head. Evaluation does not count.
+S covers all training micro-batches of a step, on all ranks that have the head.
 
 Shapes: L attention layers of this rank, H heads, R rows of a weight.
 """
@@ -25,8 +24,7 @@ from train.model.mla import MLA
 class QKClip:
     """Records the largest attention scores in this rank's chunks, and computes the factors for the weights.
 
-    limit: tau.
-    most: a function that replaces a tensor (L, H) by its maximum over all ranks that have these layers.
+    limit: tau. most: replaces a tensor (L, H) by its maximum over all ranks with these layers.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
@@ -52,7 +50,7 @@ class QKClip:
         return scores_LH
 
     def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
-        """Returns, by weight name, the factors of the weight's rows, fp32 (R,)."""
+        """Returns the factors of weights' rows, fp32 (R,), by name."""
         model, found = self._model, {}
         eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
         for name, eta_H in zip(self.layers, eta_LH, strict=True):
@@ -64,9 +62,8 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Returns the factor of each row of a weight. A head has adjacent rows, in parts: for example nope rows, then rope
-    rows.
+    """Returns the factor of each row of a weight. A head has adjacent rows, in parts such as nope and rope.
 
-    parts: for each part, its factor in every head, and its number of rows in one head.
+    parts: for each part, its factor in every head, and its rows per head.
     """
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

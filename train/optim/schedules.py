@@ -1,7 +1,7 @@
 """Computes the scheduled settings of each step: learning rate, MTP weight, bias speed and batch size.
 
-A schedule depends only on the number of consumed tokens. It consists of phases. The field `until` of a phase is a
-fraction of the run's total tokens, so a shorter run has a schedule of the same shape.
+A schedule depends only on the number of consumed tokens. Its phases end at fractions of the run's total tokens
+(`until`), so a shorter run has a schedule of the same shape.
 """
 
 import math
@@ -18,7 +18,7 @@ class StepPlan:
     step: int
     """Index of the step. The first step has index 1."""
     first_sample: int
-    """Number of samples consumed before this step, and the index of its first sample."""
+    """Samples consumed before this step: the index of its first sample."""
     batch_size: int
     """Number of sequences in this step, over all ranks."""
     lr: float
@@ -38,12 +38,10 @@ class Schedules:
         """Returns the settings of a step.
 
         step: index of the step, from 1.
-        shift: is added to `first_sample`. It corrects the number of consumed samples if a resumed run has changed
-            the batch size.
+        shift: correction of `first_sample`, if a resumed run has changed the batch size.
         """
         index, optim = step - 1, self.config.optim
-        # Use the middle of the step, so that a run of one step gets the middle of its schedule and not the start or the
-        # end.
+        # The middle of the step, so that a run of one step gets the middle of its schedule.
         fraction = (self.samples[index] + self.batch_sizes[index] / 2) / self.samples[-1]
         warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
         return StepPlan(
@@ -76,8 +74,7 @@ def _between(shape: Shape, before: float, after: float, done: float) -> float:
 
 
 def _batch_size(config: Config, index: int) -> int:
-    """Returns the number of sequences in a step. It grows linearly with the step, rounded down to a multiple of the
-    increment.
+    """Returns the number of sequences in a step. It grows linearly, rounded down to a multiple of the increment.
 
     index: the index of the step, from 0.
     """

@@ -69,8 +69,7 @@ class CompiledAttention(PlainAttention):
     """Computes causal attention within complete sequences or documents, with compiled code for bf16.
 
     Other inputs use torch operations. Forward saves the attention probabilities if they need at most about as much
-    memory as queries, keys and values. For longer sequences or documents, backward recomputes them, so memory grows
-    linearly with the length.
+    memory as queries, keys and values. Otherwise, backward recomputes them.
     """
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
@@ -82,7 +81,7 @@ class CompiledAttention(PlainAttention):
         rows = rows_of_table((*span, 0) for span in spans)
         kept = v.new_empty(
             _attention_kept(rows, H, _most_kept(given) if keep else 0)
-        )  # also writes into the table `rows` the offset of each interval's saved values
+        )  # also writes the offset of each interval's saved values into `rows`
         out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)
         lse_BHT = v.new_empty(B, H, T, dtype=torch.float32)
         largest_BHT = torch.empty_like(lse_BHT) if largest else None
@@ -107,10 +106,7 @@ class CompiledAttention(PlainAttention):
 
 
 def _spans(given: AttentionInput) -> Spans | None:
-    """Returns the intervals of the input's positions; None if the compiled code does not support the input.
-
-    It supports bf16, if every interval of queries sees the keys of the same interval, up to the diagonal.
-    """
+    """Returns the intervals of the input's positions; None if the compiled code does not support the input."""
     if given.q_BHTQ.dtype != torch.bfloat16:
         return None
     B, _, T, _ = given.q_BHTQ.shape
@@ -132,5 +128,5 @@ def _most_kept(given: AttentionInput) -> int:
 
 
 def _readable(t: Tensor) -> Tensor:
-    """Returns the tensor with a contiguous last axis, copied only if necessary."""
+    """Returns the tensor with a contiguous last axis."""
     return t if t.stride(-1) == 1 else t.contiguous()

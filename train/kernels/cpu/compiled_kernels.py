@@ -1,6 +1,6 @@
-"""Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
+"""The kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
 
-Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors, for mode=plan.
+Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Computes bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
 
-The code sums in fp32 and rounds only the complete sum. Weight gradients are fp32 (paper 3.3.3).
+Sums are in fp32, and only the complete sum is rounded. Weight gradients are fp32 (paper 3.3.3).
 
 Shape suffixes: O, N outer axes of a matmul, C contraction, E experts, R rows sorted by expert.
 """
@@ -36,7 +36,7 @@ NO_SCALES = (None, 0)
 def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
     """Declares the struct `Operand` of products.cpp: values (N, C) or (E, N, C), and their scales or None.
 
-    A scale applies to 1 << shift elements of the outer axis, and to one tile of C.
+    A scale applies to 1 << shift elements of the outer axis, and to a tile of C.
     """
     return {
         side: Array(torch.bfloat16, f"*{matrices} {outer} C", apart=3, beside=2),
@@ -58,8 +58,7 @@ _matmuls = Kernel(
 )  # fmt: skip
 
 Part = tuple[int, int, int, int, int, int]
-"""One matmul: first row in the left operand, number of rows, index of the right operand's matrix, start and end of the
-contraction, offset in the output."""
+"""One matmul: first row, number of rows, index of the right matrix, start and end of the contraction, output offset."""
 
 
 def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
@@ -71,10 +70,7 @@ def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tenso
 
 
 def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
-    """Multiplies each expert's rows by its transposed matrix: (R, N).
-
-    rows: each expert's number of rows.
-    """
+    """Multiplies each expert's rows by its transposed matrix: (R, N). rows: number per expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
     run_matmuls("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
@@ -93,15 +89,12 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """Returns one `Part` for every expert: its rows (left operand) times its matrix (right operand).
-
-    starts: first row of each expert.
-    """
+    """Returns one `Part` per expert: its rows (left) times its matrix (right). starts: first row of each expert."""
     return [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """Returns one `Part` for every expert: a sum over the expert's rows."""
+    """Returns one `Part` per expert: a sum over its rows."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
@@ -128,7 +121,7 @@ def run_matmuls(
         and 0 <= place <= place + rows * columns <= places
         for first, rows, of, begin, end, place in parts
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
-    # Name the call only while a profiler runs. Otherwise naming would cost 1 % of a small model's step.
+    # Naming costs 1 % of a small model's step, so only a profiler gets it.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
         _matmuls(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 

@@ -1,6 +1,6 @@
 """Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors, for mode=plan.
+Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -57,8 +57,7 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Declares the function that splits projections into heads. Forward reads q, kv and shared, and writes queries,
-    keys and values; backward does the reverse."""
+    """Declares the function from projections (q, kv, shared) to queries, keys and values; `back`: the reverse."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(
@@ -92,7 +91,7 @@ def rms_norm_backward(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """Returns silu(gate) * up, (N, F), times the row's gate value if gates_N is given."""
+    """Returns silu(gate) * up, (N, F), times each row's gate value if given."""
     h_N2F, gates_N = _rows(h_N2F), _fp32(gates_N)
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     _swiglu_forward(h_N2F, gates_N, out_NF)
@@ -158,7 +157,7 @@ class CompiledHeads(Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Returns x as (N, D) with contiguous rows, copied only if rows are unevenly spaced."""
+    """Returns x as (N, D) with contiguous rows, copied if rows are unevenly spaced."""
     return _readable(x.reshape(-1, x.size(-1)))
 
 

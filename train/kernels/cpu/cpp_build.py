@@ -1,8 +1,8 @@
 """Compiles C++ sources at their first use, and caches the libraries in $SLUICE_CACHE/kernels.
 
 A compiler on this machine (CXX, g++ or clang++) builds them, with the CPU's widest vectors. A library's name is a hash
-of everything that determines its code, including the CPU's features. Sluice loads no library that another user could
-have written, because that user's code would run with this user's rights.
+of all that determines its code, including the CPU's features. Sluice loads no library that another user could have
+written.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from cluster.comm_ring import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
-"""Compiler flags. Rounding the bits of non-finite values needs -fwrapv: integer overflow wraps around."""
+"""Compiler flags. Rounding the bits of non-finite values needs -fwrapv."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
 """Maps the machine type to flags for the CPU's widest vectors."""
 
@@ -35,7 +35,7 @@ CPU_LIMITS = {
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
 }
-"""Maps each value of SLUICE_CPU to CPU features that it forbids, and to compiler flags that exclude them."""
+"""For each value of SLUICE_CPU: CPU features that it forbids, and flags that exclude them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CppSource:
 
 
 def load_library(source: CppSource) -> ctypes.CDLL:
-    """Loads the library, built if missing. Raises UserError if it cannot be built, stored or loaded."""
+    """Loads the library, built if missing. Raises UserError if that fails."""
     path = _built(source)
     try:
         handle = os.open(path, os.O_RDONLY)  # never closed, because no later file may get its descriptor number
@@ -80,7 +80,7 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the CPU features that SLUICE_CPU hides, and compiler flags that exclude them."""
+    """Returns the CPU features that SLUICE_CPU hides, and their flags."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(
@@ -90,18 +90,18 @@ def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def has_avx2() -> bool:
-    """Returns whether this CPU has the features that vectors.h needs (nearly all x86 CPUs since 2015)."""
+    """Returns whether this CPU has the features that vectors.h needs."""
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
 def compiler_name(source: CppSource) -> str:
-    """Returns the first line of the C++ compiler's version output. Raises UserError without a compiler."""
+    """Returns the first line of the compiler's version output. Raises UserError without a compiler."""
     compiler = _compiler(source)
     return (_version(*compiler).decode(errors="replace").splitlines() or [shlex.join(compiler)])[0]
 
 
 def _built(source: CppSource) -> Path:
-    """Returns the path of the shared library for this source, compiler and CPU. Builds it if missing."""
+    """Returns the path of the library for this source, compiler and CPU, built if missing."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *_limit()[1], *openmp]
@@ -111,7 +111,7 @@ def _built(source: CppSource) -> Path:
         _version(*compiler),
         cpu_features().encode(),
         *texts,
-    ]  # CPU features are part of the key, because machines that share a home directory may have different CPUs
+    ]  # machines that share a home directory may have different CPUs
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
@@ -121,7 +121,7 @@ def _built(source: CppSource) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(
                 dir=folder
-            ) as scratch:  # several ranks may build the library at the same time; the last one replaces the others
+            ) as scratch:  # several ranks may build it at once; the last one replaces the others
                 library = _build(source, command, Path(scratch) / path.name)
                 library.chmod(library.stat().st_mode & ~0o022)  # removes the write permissions that the umask may allow
                 library.replace(path)
@@ -131,7 +131,7 @@ def _built(source: CppSource) -> Path:
 
 
 def _compiler(source: CppSource) -> list[str]:
-    """Returns the C++ compiler's command: CXX, or the first compiler on the PATH."""
+    """Returns the command of the C++ compiler: CXX, or the first on the PATH."""
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
@@ -157,7 +157,7 @@ def _build(source: CppSource, command: list[str], library: Path) -> Path:
 
 
 def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
-    """Raise UserError if anyone but this user and root could have written this file or folder."""
+    """Raise UserError if anyone but this user and root could have written the path."""
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
     elif found.st_mode & 0o002:
@@ -172,7 +172,7 @@ def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
 
 
 def _is_private(group: int) -> bool:
-    """Returns whether the group has no members except this user and root."""
+    """Returns whether the group has only this user and root."""
     try:
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

@@ -1,12 +1,9 @@
 """Calls compiled C++ functions with tensors. Declares the parameters of each function, and checks every call.
 
-A C++ function gets addresses and cannot check the memory. So a `Kernel` declares every parameter, in the C++ order.
-
-A tensor that does not match is a bug in Sluice: another device, other strides, or a class that stores its values
-elsewhere. The call then raises an AssertionError before it runs the C++ function. On the meta device a call only checks
-the arguments, so mode=plan sees the allocations of a run.
-
-A call takes 5 to 10 us; `torch.library.custom_op` takes 36 us and does not check strides.
+A C++ function gets addresses and cannot check the memory. So a `Kernel` declares every parameter, in the C++ order. A
+tensor that does not match is a bug in Sluice: another device, other strides, or a class that stores its values
+elsewhere. The call then raises an AssertionError before it runs the C++ function. On the meta device, a call only
+checks.
 """
 
 import ctypes
@@ -34,7 +31,7 @@ class _Call:
     def __init__(self):
         self.sizes: dict[str, float] = {}
         self.derived: list[tuple[str, Array, Tensor, CodeType, int]] = []
-        """Axes whose declared size is an expression: parameter name, declaration, tensor, expression, actual size."""
+        """Axes whose size is an expression: parameter name, declaration, tensor, expression, actual size."""
         self.meta: list[tuple[str, Array, Tensor]] = []
         """Tensors on the meta device, which have no memory."""
         self.real = False
@@ -42,11 +39,11 @@ class _Call:
 
 
 class _Unfit(Exception):
-    """Raised if an argument does not match its declaration: parameter name, declaration, argument."""
+    """Raised for a wrong argument: parameter name, declaration, argument."""
 
 
 def _compiled(sizes: str) -> list[str | CodeType]:
-    """Splits declared sizes at spaces, and compiles each expression. A name remains a string."""
+    """Splits declared sizes at spaces, and compiles each expression."""
     return [size if size.isidentifier() else compile(size, "size", "eval") for size in sizes.split()]
 
 
@@ -55,14 +52,14 @@ def _value(size: str | CodeType, sizes: dict[str, float]) -> float:
 
 
 class Parameter(Protocol):
-    """A parameter of a C++ function, or a field of its struct."""
+    """A parameter of a C++ function or a struct's field."""
 
     types: list[type]
     """The ctypes types of the C++ arguments that this parameter becomes."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
-        """Returns the C++ arguments for this parameter. If the caller passes the parameter, its value is the next in
-        `given`.
+        """Returns the C++ arguments for this parameter. Its value is the next in `given`, unless the caller does not
+        pass it.
 
         Raises _Unfit if the value does not match.
         """
@@ -71,10 +68,10 @@ class Parameter(Protocol):
 class Array:
     """A tensor parameter. The C++ function gets the tensor's address, and then the strides of its leading axes.
 
-    - dtype: the allowed dtype, or a tuple of them. With a tuple, the name PARAMETER_dtype in sizes is the index of the
-        actual dtype.
+    - dtype: the allowed dtype, or a tuple of them. With a tuple, PARAMETER_dtype in sizes is the index of the actual
+      dtype.
     - sizes: for each axis a name, a number or an expression without spaces, as in "N 2*F". "*N" means the product of
-        all leading axes; it is 1 if there are none.
+      all leading axes; it is 1 if there are none.
     - apart: number of leading axes that may have any stride. With 0 the tensor must be contiguous.
     - beside: a number n. One of the last n axes must have stride 1.
     - out: whether the C++ function writes to the tensor.
@@ -113,7 +110,7 @@ class Array:
         raise _Unfit(name, self, x)
 
     def _has_values(self, name: str, x: Tensor, call: _Call) -> bool:
-        """Returns whether x stores its values at its address, or is meta."""
+        """Returns whether x's memory holds its values, or x is meta."""
         if x.is_cpu:
             call.real |= self._out
             return not x.is_conj() and not x.is_neg()
@@ -135,8 +132,7 @@ class Array:
         return True
 
     def _lies_right(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Returns whether one of the last `beside` axes has stride 1. If C++ writes to the tensor, no axis may have
-        stride 0.
+        """Returns whether one of the last `beside` axes has stride 1, and no axis that C++ writes has stride 0.
 
         Axes of size 1 do not matter.
         """
@@ -152,7 +148,7 @@ class Array:
 
 
 class Number:
-    """A number that C++ gets unchanged. Expressions of sizes may use its parameter name."""
+    """A number for C++. Size expressions may use its name."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -163,7 +159,7 @@ class Number:
 
 
 class Size:
-    """A size of an earlier tensor parameter, or an expression of such sizes. The caller does not pass it."""
+    """A size of an earlier tensor, or an expression of sizes. The caller does not pass it."""
 
     def __init__(self, size: str, kind: type = c_int64):
         self.types = [kind]
@@ -184,7 +180,7 @@ class Threads:
 
 
 class Zeros:
-    """Zeros (`words` of them) for parameters that C++ ignores and the caller does not pass."""
+    """`words` zeros, which the caller does not pass and C++ ignores."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words
@@ -194,7 +190,7 @@ class Zeros:
 
 
 class Table:
-    """A table from `rows_of_table`, with `columns` int64 values per row. C++ gets its address and number of rows."""
+    """A table from `rows_of_table`, by address and row count."""
 
     types = [c_void_p, c_int64]
 
@@ -218,7 +214,7 @@ def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
 
 
 class Struct:
-    """Parameters that are the fields of one C++ struct, passed by address."""
+    """Parameters that are fields of a C++ struct, passed by address."""
 
     types = [c_char_p]
 
@@ -239,7 +235,7 @@ def _words(parameters: list[tuple[str, Parameter]], given: Iterator, call: _Call
 
 
 class Kernel:
-    """A C++ function. A call takes the arguments in the declared order."""
+    """A C++ function, called with the arguments in the declared order."""
 
     declared: list["Kernel"] = []
     """All kernels that this process has declared."""
@@ -247,9 +243,7 @@ class Kernel:
     def __init__(
         self, load: Callable[[], ctypes.CDLL], name: str, returns: type | None = None, **parameters: Parameter
     ):
-        """load: returns the library, at the first use.
-        parameters: the declared parameters, in C++ order.
-        """
+        """load: returns the library. parameters: in C++ order."""
         self.name, self._load, self._returns, self._parameters = name, load, returns, list(parameters.items())
         Kernel.declared.append(self)
 

@@ -1,7 +1,7 @@
 """Loads the compiled libraries for a CPU, and decides whether this machine can use them.
 
-The libraries compute in bf16 and need AVX-512 or AVX2, and a C++ compiler. Otherwise torch operations do the same work.
-Matmuls also use torch where torch is faster (`compiled_matmuls_pay`).
+The libraries compute in bf16 and need AVX-512 or AVX2, and a C++ compiler. Otherwise torch operations do the same work,
+as for matmuls where torch is faster.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
 """Names of the C++ files in train/kernels/cpu, one library each."""
 SLOW_SHARE = 0.75
 """Compiled matmuls are faster if bf16 instructions have less than this fraction of the rate of fp32 FMA instructions.
-torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls 80 % of the FMA rate."""
+torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls 80 % of the FMA rate.
+"""
 
 
 @cache
 def why_absent() -> str | None:
-    """Returns the reason why this machine cannot use the libraries, or None. The first call builds them, which takes
-    seconds."""
+    """Returns why this machine cannot use the libraries, or None. The first call builds them, for seconds."""
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
@@ -39,14 +39,11 @@ def why_absent() -> str | None:
 def compiled_matmuls_pay(measured: bool = True) -> bool:
     """Returns whether compiled matmuls are faster than torch's matmuls on this CPU.
 
-    Compiled matmuls use fp32 FMA instructions, and torch's matmuls use bf16 instructions. A bf16 instruction does the
-    work of two FMAs, but takes the time of two or of four, depending on the CPU. So the function measures the rate. On
-    CPUs with AMX, torch is always faster.
-
+    Compiled matmuls use fp32 FMA instructions. torch's matmuls use bf16 instructions: twice the work, in two or four
+    times the time, depending on the CPU. So the function measures the rate. On CPUs with AMX, torch is always faster.
     SLUICE_PRODUCTS=compiled or SLUICE_PRODUCTS=torch overrides the decision.
 
-    measured: whether to measure. If not, compiled matmuls are used if the CPU has no bf16 instructions, so every run
-        decides the same.
+    measured: whether to measure. If not, compiled matmuls are used on CPUs without bf16 instructions.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
@@ -63,7 +60,7 @@ def compiled_matmuls_pay(measured: bool = True) -> bool:
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """Loads the library with this name. Raises UserError if it cannot be built, stored or loaded."""
+    """Loads the library with this name. Raises UserError if that fails."""
     return load_library(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
 
 

@@ -10,28 +10,29 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 SPINS = "10000"
-"""Number of spin iterations of an OpenMP thread that waits for the next parallel region: about ten microseconds. The
-default of milliseconds slows other processes on the same cores. With ten processes, a matmul took three times as long.
+"""Spins of an OpenMP thread before it sleeps: about ten microseconds. The default of milliseconds slows other processes
+on the same cores.
 """
 PRIMITIVES = "16"
-"""Size of torch's cache of oneDNN primitives, which are matmuls prepared for one shape. torch's default of 1024 needs
-160 MB more in a run of `tiny` and is not faster, because oneDNN itself caches 1024."""
+"""Size of torch's cache of oneDNN primitives (matmuls prepared for one shape). torch's default of 1024 needs 160 MB
+more in a run of `tiny` and is not faster.
+"""
 
 CUDA_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "TORCH_NCCL_HIGH_PRIORITY": "1"}
-"""Environment variables for CUDA and NCCL. A step uses up to ten streams. With CUDA's default of eight connections,
-some streams would wait for each other. The second variable gives NCCL's streams high priority, which dispatch and
-combine need."""
+"""Environment variables for CUDA and NCCL. A step uses up to ten streams; with CUDA's default of eight connections,
+some would wait for each other. Dispatch and combine need NCCL's streams at high priority.
+"""
 
 
 def tune_cpu() -> None:
-    """Let waiting threads sleep soon, reuse freed memory, and limit torch's cache of oneDNN primitives."""
+    """Let waiting threads sleep soon, reuse freed memory, and limit the oneDNN cache."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", PRIMITIVES)
     _tune_malloc()
 
 
 def tune_gpu() -> None:
-    """Set the environment variables for CUDA and NCCL, except those that the user has set."""
+    """Set the variables for CUDA and NCCL, except those that the user has set."""
     for name, value in CUDA_VARIABLES.items():
         os.environ.setdefault(name, value)
 
@@ -53,10 +54,10 @@ def cpu_name() -> str:
 
 
 def _tune_malloc() -> None:
-    """Let glibc's allocator reuse freed memory instead of unmapping it. Does nothing on systems without glibc.
+    """Let glibc's allocator reuse freed memory instead of unmapping it. Does nothing without glibc.
 
     Otherwise each step would allocate its memory again by page faults. A trim threshold of -1 means that no memory is
-    returned. Other thresholds are at most 2 GB, and large models free more at once.
+    returned; other thresholds are at most 2 GB.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):

@@ -1,4 +1,4 @@
-"""Applies CPU and GPU settings on import. Every computing program imports it before torch."""
+"""Applies CPU and GPU settings on import. Import it before torch."""
 
 from train.kernels.cpu.processor import tune_cpu, tune_gpu
 

@@ -3,10 +3,11 @@ E8M0 scale.
 
     quantise            Sluice's Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
     dense GEMMs         torch's scaled_mm (cuBLASLt), 1x32 by 1x32
-    grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): each row times its expert's weight; in Wgrad, sums over experts' rows
+    grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): each row times its expert's weight; in Wgrad, sums over
+                        experts' rows
 
-These GEMMs cannot add to a sum, and grouped GEMMs return bf16. So a separate addition accumulates weight gradients.
-Pitfalls of torch's grouped kernels (2.11 to 2.13):
+These GEMMs cannot add to a sum, so a separate addition accumulates weight gradients. Pitfalls of torch's grouped
+kernels (2.11 to 2.13):
 - The scales of each expert begin at a multiple of 128 rows, even if the expert's rows begin elsewhere.
 - In Wgrad the scales of each expert form a separate matrix.
 - The kernel does not write the gradient of an expert without rows. So Sluice gives such an expert a tile of zeros.
@@ -112,13 +113,13 @@ class BlackwellEngine(HopperEngine):
 
 
 def _by_row(scale: Tensor) -> Tensor:
-    """Converts scales from the GEMMs' order to row-major, int32 (O, T): four scales per integer."""
+    """Converts scales from the GEMMs' order to row-major (O, T), four per int32."""
     tiles = scale.shape[1] // 4
     return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
 
 
 def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
-    """Returns the scales in the GEMMs' order, where each expert's scales begin at a multiple of 128 rows."""
+    """Returns the scales in the GEMMs' order; each expert's begin at a multiple of 128 rows."""
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
     return blocks.reshape(words_PT.shape).view(scale.dtype)

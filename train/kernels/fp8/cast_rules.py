@@ -1,4 +1,4 @@
-"""Represents the cast rule of each operand of each matmul (paper 3.3). `conf.schema.Fp8` contains the rules as text.
+"""The cast rule of each operand of each matmul (paper 3.3). `conf.schema.Fp8` contains the rules as text.
 
 A linear layer has three matmuls, each with a left and a right operand:
 
@@ -6,8 +6,8 @@ A linear layer has three matmuls, each with a left and a right operand:
     Dgrad   dx = dy w       gradient, weight         contracted over the outputs
     Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
 
-A tile consists of 128 values along the contraction (32 in MXFP8). So with the rule 1x128, a tile is 1x128 if the
-contraction runs over the tensor's last dimension, and 128x1 if it runs over the first.
+A tile consists of 128 values along the contraction (32 in MXFP8). A tile of the rule 1x128 is 1x128 if the contraction
+runs over the tensor's last dimension, and 128x1 if it runs over the first.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class OperandRule:
     floor: float = 0.0
 
     def cast(self, transposed: bool = False) -> Cast:
-        """Returns the cast for a contraction over the last dimension, or if `transposed`, over the last but one."""
+        """Returns the cast for a contraction over the last dimension; if `transposed`, the last but one."""
         return self._casts[transposed]
 
     @cached_property
@@ -55,7 +55,7 @@ class MatmulRules(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCasts:
-    """The rules of a linear layer's three matmuls. `cache`: cast of the input saved for Wgrad."""
+    """The rules of a linear layer's matmuls. `cache`: cast of the input saved for Wgrad."""
 
     fprop: MatmulRules
     dgrad: MatmulRules
@@ -65,14 +65,14 @@ class LayerCasts:
 
 @dataclass(frozen=True)
 class CastRules:
-    """The rules of each kind of linear layer, and the saved SwiGLU input's cast."""
+    """The rules of each kind of layer, and of SwiGLU's saved input."""
 
     dense: LayerCasts
     output: LayerCasts
     """Rules of the attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """Rules of the experts' second layer, without `cache`: backward recomputes its input from the SwiGLU input."""
+    """Rules of the experts' second layer, whose input backward recomputes instead of caching it."""
     swiglu: Cast
     """The cast of the saved input of the experts' SwiGLU."""
 

@@ -19,11 +19,11 @@ CASTS_SOURCE = CppSource(
     "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
-"""The C++ source of the casts. Like the reference, it rounds products before adding (no fused multiply-add)."""
+"""The C++ source of the casts, which round products before adding."""
 
 
 def _matrices(of: str, out: bool = False) -> Struct:
-    """Declares the struct `Matrices` of casts.cpp: values or codes (one byte, or twelve bits), and scales."""
+    """Declares the struct `Matrices` of casts.cpp: values or codes, and scales."""
     what = {"out": out, "optional": True}
     parts = {
         "values": Array((torch.bfloat16, torch.float32), "*M R C", **what),
@@ -56,8 +56,8 @@ _decode_matrices = Kernel(
 class CompiledCasts(EagerCasts):
     """Casts in compiled code, with the same bits as `EagerCasts` except for the sign of zeros.
 
-    The casts accept CPU tensors, and meta tensors for mode=plan. `split` returns a `QuantizedTensor` with bf16 values
-    in `q`. bf16 represents the values of every format exactly.
+    The casts accept CPU tensors, and meta tensors for mode=plan. `split` returns a `QuantizedTensor` whose `q` is bf16,
+    which holds the values of every format exactly.
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -97,7 +97,7 @@ class CompiledCasts(EagerCasts):
         return values
 
     def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
-        """Quantise into q: codes or values, depending on the dtype of q."""
+        """Quantise into q: codes or values, by q's dtype."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)
@@ -106,13 +106,13 @@ class CompiledCasts(EagerCasts):
 
 @cache
 def load_casts() -> CompiledCasts:
-    """Returns the compiled casts. Raises UserError if they cannot be built, stored or loaded."""
+    """Returns the compiled casts. Raises UserError if they cannot be loaded."""
     load_library(CASTS_SOURCE)
     return CompiledCasts()
 
 
 def _cast(x: Tensor | QuantizedTensor, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
-    """Cast into q (codes or values) and scale. Without scale, q gets values times their scales."""
+    """Cast into q and scale. Without scale, q gets values times their scales."""
     x = _contiguous(x)
     source = (x.q, x.scale, x.cast) if isinstance(x, QuantizedTensor) else (x, None, Cast(E4M3, (1, 1), False))
     _cast_matrices(*_memory(*source), *_memory(q, scale, cast), cast.floor, cast.pow2)
@@ -139,7 +139,7 @@ def _contiguous(x: QuantizedTensor) -> QuantizedTensor: ...
 
 
 def _contiguous(x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-    """Returns the tensor in row-major order. A plain tensor that is not bf16 becomes fp32."""
+    """Returns the tensor in row-major order. A plain tensor becomes fp32, unless it is bf16."""
     if isinstance(x, QuantizedTensor):
         return QuantizedTensor(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

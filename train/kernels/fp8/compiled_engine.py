@@ -1,8 +1,8 @@
 """Emulates FP8 on a CPU with compiled matmuls, which read an operand's values and fp32 scales from separate tensors.
 
 bf16 represents the FP8 values exactly, so a matmul costs as much as in bf16 (train/kernels/cpu/products.cpp). If the
-scales are powers of two, the bf16 values already include the scales, as in `CpuEngine`. If neither operand has separate
-scales, the engine uses plain matmuls: train/kernels/cpu/compiled_matmuls.py, or torch where it is faster.
+scales are powers of two, the bf16 values already include the scales. Without separate scales, matmuls are plain:
+train/kernels/cpu/compiled_matmuls.py, or torch where it is faster.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,7 @@ from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.model.operations import Kernels
 
 ScaledOperand = Tensor | QuantizedTensor
-"""An operand (O, C): a `QuantizedTensor` with bf16 values, or a bf16 tensor without scales. A scale applies to 128
-values along the contraction, or to all of it."""
+"""An operand (O, C): a `QuantizedTensor` of bf16 values, or bf16."""
 
 
 class CompiledEngine(CpuEngine):
@@ -51,7 +50,7 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def _split(self, source: Source, cast: Cast) -> QuantizedTensor:
-        """Returns the `Source` quantised with this cast, with bf16 values in `q`."""
+        """Returns the `Source` quantised with this cast; `q` is bf16."""
         cast = fitted(cast, source)
         if isinstance(source, QuantizedTensor) and source.cast == cast:
             return self._compiled.decoded(source)
@@ -90,8 +89,7 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Returns whether torch computes the matmul. It does if neither operand has scales and compiled matmuls are not
-        faster."""
+        """Returns whether torch computes the matmul: no scales, and compiled matmuls are not faster."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
@@ -116,7 +114,7 @@ def scaled_matmul(
 def scaled_grouped(
     left_PC: ScaledOperand, right_ENC: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype
 ) -> Tensor:
-    """Multiplies each expert's rows by its transposed matrix. Returns (P, N), with zeros as padding."""
+    """Multiplies each expert's rows by its transposed matrix: (P, N), with zeros as padding."""
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
     parts = parts_by_rows(groups.starts, groups.counts, columns, contraction)
@@ -158,7 +156,7 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """Returns an operand's scales and a shift. A scale applies to 1 << shift rows, and to one tile of C."""
+    """Returns an operand's scales and a shift: a scale applies to 1 << shift rows and a tile of C."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

@@ -1,12 +1,11 @@
 """Emulates FP8 matmuls with torch operations, on CPUs and any other device.
 
 A matmul multiplies the dequantised operands, which are exact, and accumulates in fp32. If the scales are powers of two,
-bf16 represents the operands, and a matmul costs as much as in bf16. With fp32 scales, the matmul is fp32.
+bf16 represents the operands; otherwise the matmul is fp32.
 
-On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) is as fast as bf16, even with fp32 scales. It
-sums every 128 elements of the contraction separately, like Hopper kernels; `CpuEngine` computes one sum. Results differ
-by 3e-7; the quantisation error is 4e-2. An expert's rows are padded to a multiple of `expert_rows` in
-conf/thresholds.py (reason: train/kernels/plain/grouped.py).
+`CompiledEngine` (train/kernels/fp8/compiled_engine.py) is as fast as bf16, even with fp32 scales. It sums every 128
+elements of the contraction separately, like Hopper kernels; `CpuEngine` computes one sum. Results differ by 3e-7; the
+quantisation error is 4e-2.
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """
@@ -30,7 +29,7 @@ CpuOperand = Tensor | QuantizedTensor
 
 
 class CpuEngine:
-    """Implements `Fp8Engine` with torch operations on any device; the reference of `CompiledEngine`.
+    """`Fp8Engine` with torch operations on any device; the reference of `CompiledEngine`.
 
     casts: the implementation of casts; None: torch operations.
     """
@@ -122,7 +121,7 @@ class CpuEngine:
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
     """Converts both operands to a dtype that represents both exactly.
 
-    An fp32 result needs fp32 operands, because torch rounds a result to the dtype of the operands.
+    An fp32 result needs fp32 operands, because torch rounds it to their dtype.
     """
     assert isinstance(left, Tensor) and isinstance(right, Tensor), "the others are CompiledEngine's"
     if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):

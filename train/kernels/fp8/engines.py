@@ -3,13 +3,12 @@
 An engine converts tensors to operands and multiplies two operands. Every operand is (outer, contraction), so every
 matmul is left @ right^T. The engines:
 
-    engine            where            casts                 GEMMs of layers        grouped GEMMs, and GEMMs added to a sum
-    CpuEngine         any device       torch                 torch                  torch (cpu_engine.py)
-    CompiledEngine    CPU with AVX2    compiled_casts.py     compiled_engine.py     compiled_engine.py
-    HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_matmuls.py, or DeepGEMM if the recipe asks for it
-    BlackwellEngine   sm_100, MXFP8    triton_quantize.py    cuBLASLt               torch (CUTLASS), with separate additions
-
-With parallel.wire=fp8, rows arrive quantised; `Fp8Engine.take_arrived` uses them without a new cast.
+    engine            where           casts               GEMMs of layers       grouped GEMMs, and GEMMs added to a sum
+    CpuEngine         any device      torch               torch                 torch (cpu_engine.py)
+    CompiledEngine    CPU with AVX2   compiled_casts.py   compiled_engine.py    compiled_engine.py
+    HopperEngine      sm_90           triton_quantize.py  cuBLASLt              triton_matmuls.py or DeepGEMM
+    BlackwellEngine   sm_100, MXFP8   triton_quantize.py  cuBLASLt              torch (CUTLASS), then a separate
+                      addition
 
 Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.
@@ -42,7 +41,7 @@ class RoundedTensor:
 
 
 Source = Tensor | QuantizedTensor | RoundedTensor
-"""An original or quantised tensor that a layer saves, and from which engines build operands."""
+"""A tensor that a layer saves for building operands."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
@@ -50,7 +49,7 @@ SourceForm = tuple[Cast, torch.Size] | Cast | None
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns all sources' tensors for autograd to save, and a `SourceForm` per source for `unpack_sources`."""
+    """Returns all sources' tensors to save, and a `SourceForm` each for `unpack_sources`."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -79,30 +78,27 @@ def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[S
 
 
 class Fp8Engine(Protocol):
-    """Quantises and multiplies on one kind of device. The module docstring lists the engines."""
+    """Quantises and multiplies on one kind of device."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor to save it for backward. The result has the bits of `quantize`, but may be padded."""
+        """Quantise a tensor to save it for backward. The bits are those of `quantize`; padding may follow."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         """Quantise a tensor for immediate use, in this engine's cheapest form."""
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        """Returns what `keep` returns, from another rank's codes and scales.
-
-        scale: (M, ceil(K / 128)).
-        """
+        """Returns what `keep` returns, from codes and scales (M, ceil(K / 128)) of another rank."""
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Any:
         """Builds the operand (O, C) of a matmul from a tensor (O, C), or (C, O) if `transposed`. Leading axes remain.
 
-        groups: the positions of each expert's rows, if the matmul sums separately over each expert's rows; else None.
+        groups: positions of each expert's rows, for a separate sum per expert.
         """
 
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        """Quantises x with the cast `kept`, and builds the transposed operand from the result (`operand`)."""
+        """Quantises x with the cast `kept`, and builds the transposed operand from the result."""
 
     def values(self, source: Any) -> Tensor:
         """Returns a saved `Source`'s values in bf16."""
@@ -110,49 +106,42 @@ class Fp8Engine(Protocol):
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
-        """Builds two left operands from a gradient (T, N): one for Dgrad, and a transposed one for Wgrad.
-
-        for_inputs, for_weights: rules of the two operands.
-        """
+        """Builds two left operands from a gradient (T, N): one for Dgrad, and a transposed one for Wgrad."""
 
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
-        """Returns the positions of each expert's rows, for the arguments `groups`.
-
-        rows: the sum of counts_E.
-        """
+        """Returns the positions of each expert's rows. rows: the sum of counts_E."""
 
     def matmul(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """Returns left @ right^T in `dtype`. If `into` is given, adds the result to `into`, and returns `into`."""
+        """Returns left @ right^T in `dtype`, or adds it to `into` and returns `into`."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
-        """Multiplies each expert's rows by its transposed matrix: left (P, C), right (E, N, C). Returns (P, N), with
-        zeros as padding."""
+        """Multiplies each expert's rows by its transposed matrix: left (P, C), right (E, N, C), result (P, N), zero in
+        padding.
+        """
 
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        """Returns left (O, P) @ right (N, P)^T, summed over the rows of each expert: (E, O, N). into: see `matmul`."""
+        """Returns left (O, P) @ right (N, P)^T, a sum over each expert's rows: (E, O, N). into: see `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
-        """Computes SwiGLU (train/kernels/fp8/swiglu.py). Returns its output as an operand, and h as saved for
-        backward."""
+        """Computes SwiGLU (train/kernels/fp8/swiglu.py). Returns its output as an operand, and h saved for backward."""
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns SwiGLU's recomputed output (P, F), and the gradients of h (P, 2F) and of the gates (P,)."""
+        """Returns SwiGLU's recomputed output (P, F), and the gradients of h and of the gates."""
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
         """Returns only SwiGLU's recomputed output (P, F), bitwise as `swiglu_backward`."""
 
 
 class HeldWeights:
-    """Stores weights as operands, so that a step builds each operand only once. No weight may change between `hold` and
+    """Stores weights as operands, so that a step builds each operand once. No weight may change between `hold` and
     `drop`.
 
-    A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. The first step builds each
-    operand at its first use. In later steps `hold` builds all operands before the first forward, so that memory use
-    stays constant.
+    A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. The first step builds operands at
+    their first use. In later steps, `hold` builds all of them, which keeps memory use constant.
 
-    making: a context in which operands are built, for example to measure their memory.
+    making: a context in which operands are built.
     """
 
     def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
@@ -162,7 +151,7 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """Returns an identifier of a weight for the method `operand`; None if the weight's operands are not stored.
+        """Returns an identifier of a weight for `operand`; None if its operands are not stored.
 
         Forward saves it for backward, where autograd may pass another tensor object with the same memory.
         """
@@ -174,8 +163,7 @@ class HeldWeights:
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
         """Returns a weight's stored operand, or builds it.
 
-        name: the weight's identifier from the method `name`.
-        rule, transposed: see `Fp8Engine.operand`.
+        name: identifier from `name`. rule, transposed: see `Fp8Engine.operand`.
         """
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)
@@ -188,7 +176,7 @@ class HeldWeights:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Build all operands that earlier steps used. Store every operand until `drop`."""
+        """Build the operands of earlier steps. Store every operand until `drop`."""
         self.drop()
         self._holds = True
         for (name, transposed), rule in self._asked.items():
@@ -200,7 +188,7 @@ class HeldWeights:
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Returns the bytes of stored operands, without those that share memory with weights."""
+        """Returns the bytes of stored operands that share no memory with weights."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}
@@ -208,5 +196,5 @@ class HeldWeights:
 
 
 def _tensors(made: Any) -> list[Tensor]:
-    """Returns an operand's tensors. An operand is a tensor, or has tensors as fields."""
+    """Returns an operand's tensors: itself, or its fields."""
     return [made] if isinstance(made, Tensor) else [one for one in vars(made).values() if isinstance(one, Tensor)]

@@ -1,8 +1,8 @@
-"""Defines number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
+"""Number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
 
-A format with m mantissa bits has 1 + m significant bits down to 2**min_exponent. Below 2**min_exponent, neighbouring
-values are 2**(min_exponent - m) apart. torch has no dtype for E5M6. An E5M6 code is the top twelve bits of an fp16, and
-two codes share three bytes. Code i begins at bit 12 i of the little-endian stream (reference: DeepSeek TileKernels).
+A format with m mantissa bits has 1 + m significant bits down to 2**min_exponent. Below it, neighbouring values are
+2**(min_exponent - m) apart. torch has no dtype for E5M6. An E5M6 code is the top twelve bits of an fp16, and two codes
+share three bytes. Code i begins at bit 12 i of the little-endian stream (reference: DeepSeek TileKernels).
 
 Shape suffixes: K packed dimension.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 from parallel.expert.wire import TILE
 
 MX_TILE = 32
-"""Number of values along a contraction that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
+"""Values that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Lower bound of the max-abs for a scale, so that zeros get a positive scale (paper 3.3.2)."""
+"""Lower bound of the max-abs, for positive scales (paper 3.3.2)."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point format: a sign bit, four or five exponent bits, a few mantissa bits."""
+    """A floating-point format with four or five exponent bits."""
 
     name: str
     mantissa: int
@@ -51,31 +51,29 @@ class Cast:
 
     format: Format
     block: ScaleBlock
-    """Rows and columns of a block, whose values share a scale. `fitted` limits the block to the tensor."""
+    """Rows and columns of a scale, limited by `fitted`."""
     pow2: bool
     """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR
     """Lower bound of the max-abs from which a scale is computed."""
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Allocates q (rows, columns), and a scale per row and 128 columns, stored column by column.
-
-        like: a tensor on the device.
+        """Allocates q (rows, columns), and a scale per row and 128 columns, stored column by column, on `like`'s
+        device.
         """
         return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
 
 
 def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
-    """Allocates fp32 scales (outer, tiles), stored column by column, on the device of `like`."""
+    """Allocates fp32 scales (outer, tiles), stored column by column."""
     return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 
 def round_to(x: Tensor, format: Format) -> Tensor:
     """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.
 
-    A step is the distance between the format's neighbouring values at x. The function adds 1.5 * 2**23 steps to x. At
-    that magnitude fp32 has no bits for fractions of a step, so the addition rounds to whole steps. Subtracting them
-    again is exact.
+    A step is the distance between the format's neighbouring values at x. After adding 1.5 * 2**23 steps, fp32 has no
+    bits for fractions of a step. Subtracting them again is exact.
     """
     assert x.dtype == torch.float32
     shift = x.view(torch.int32) & 0x7F800000
@@ -85,7 +83,7 @@ def round_to(x: Tensor, format: Format) -> Tensor:
 
 
 def pack_e5m6(x_K: Tensor) -> Tensor:
-    """Pack values that E5M6 represents exactly: (..., K) fp32 -> (..., 3 ceil(K / 2)) uint8."""
+    """Pack values that E5M6 represents: (..., K) fp32 -> (..., 3 ceil(K / 2)) uint8."""
     x_K = torch.nn.functional.pad(x_K, (0, x_K.shape[-1] % 2)).half()  # exact: fp16 has E5M6's exponent range
     bits = (x_K.view(torch.int16).int() >> 4) & 0xFFF
     first, second = bits[..., 0::2], bits[..., 1::2]

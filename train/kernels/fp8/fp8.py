@@ -1,8 +1,7 @@
 """FP8 matmuls for the model: DeepSeek-V3's mixed precision (paper 3.3).
 
-The model calls an `Fp8Precision` object for its matmuls and never branches on the precision. Embedding, output head,
-router, norms and the attention core compute in bf16 or fp32. Scales come from the current values, so there is no FP8
-state. An FP8 run can resume from a bf16 checkpoint, and a bf16 run from an FP8 checkpoint.
+Embedding, output head, router, norms and the attention core compute in bf16 or fp32. Scales come from the current
+values. So an FP8 run can resume from a bf16 checkpoint, and a bf16 run from an FP8 checkpoint.
 
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
@@ -56,8 +55,7 @@ class Fp8Precision:
     ):
         """Raises UserError if the device lacks something that its engine needs.
 
-        engine: computes the matmuls; None: the default engine for the device.
-        making: see `HeldWeights`.
+        engine: None for the device's default engine. making: see `HeldWeights`.
         """
         self.kernels = kernels
         self._rules = build_rules(fp8)
@@ -68,10 +66,7 @@ class Fp8Precision:
         self.weights = HeldWeights(self._engine, making)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
-        """Multiplies x (..., K) by the transpose of the weight (N, K).
-
-        kind: `output` for the attention's output projection, else `dense`.
-        """
+        """Multiplies x (..., K) by the transposed weight (N, K). kind: `output` for attention's output, or `dense`."""
         rules = getattr(self._rules, kind)
         return linear(x, weight, self.weights, rules, self._health.probe(weight), held)
 
@@ -111,7 +106,7 @@ class Fp8Precision:
     def start_step(self, step: int, hold_weights: bool = False) -> None:
         """Start a step. Every `precision.fp8.health.every` steps, the matmuls are checked.
 
-        hold_weights: whether to cast each weight only once. Then no weight may change before `end_passes`.
+        hold_weights: whether to cast each weight only once, so that none may change before `end_passes`.
         """
         self._health.start_step(step)
         if hold_weights:
@@ -129,9 +124,8 @@ class Fp8Precision:
 def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
     """Returns the engine that emulates FP8 on a CPU.
 
-    Raises UserError if compiled code is requested and cannot be built, stored or loaded.
+    Raises UserError if compiled code is requested and cannot be loaded.
 
-    fp8: the section `precision.fp8` of a checked configuration.
     kernels: compute the matmuls of operands without scales.
     meta: whether mode=plan builds the engine; then no compiled code runs.
     """
@@ -146,7 +140,7 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
 
 
 def load_gpu_engine(fp8: Fp8) -> HopperEngine:
-    """Returns the GPU engine for a recipe: `BlackwellEngine` if 32 values share a scale, else `HopperEngine`.
+    """Returns the GPU engine of a recipe: `BlackwellEngine` for 1x32 tiles, else `HopperEngine`.
 
     Raises UserError if the GPU or the installed software lacks something that the engine needs.
     """
@@ -163,5 +157,5 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
 
 
 def _triton_module(name: str) -> ModuleType:
-    """Imports a module with Triton kernels. Check first that triton is installed."""
+    """Imports a module with Triton kernels, which needs triton."""
     return importlib.import_module(f"train.kernels.fp8.triton_{name}")

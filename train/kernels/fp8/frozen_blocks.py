@@ -1,8 +1,7 @@
 """Stores frozen weights only in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block.
 
-Each matrix is stored as bytes: first its scales, then its codes. ZeRO 3 shards and gathers these bytes. A
-floating-point dtype would fail: DeepSpeed rounds such parameters to the run's dtype, and gloo cannot gather FP8. Each
-matmul and each backward compute the values again.
+Each matrix is stored as bytes: first its scales, then its codes. With a floating-point dtype, DeepSpeed would round
+them, and gloo could not gather FP8. Each matmul and each backward compute the values again.
 
 Shapes: E experts, M rows, K columns, m and k blocks of rows and columns, B bytes of a matrix.
 """
@@ -29,7 +28,7 @@ MATRIX_ALIGNMENT = 4
 
 
 class FrozenBlocks:
-    """A weight (M, K), or (E, M, K) for experts, stored as bytes: uint8, (B,) or (E, B)."""
+    """A weight (M, K), or (E, M, K) for experts, stored as uint8 (B,) or (E, B)."""
 
     def __init__(self, module: nn.Module, name: str):
         weight = getattr(module, name)
@@ -46,12 +45,11 @@ class FrozenBlocks:
 
     @property
     def data(self) -> nn.Parameter:
-        """The weight's bytes. With ZeRO 3, empty while the weight is not gathered."""
+        """The weight's bytes; empty while ZeRO 3 has not gathered them."""
         return getattr(self._module, self._name)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Returns the values in `dtype`, and a context in which autograd does not save them. Backward unpacks them
-        again."""
+        """Returns the values in `dtype`, and a context in which autograd does not save them."""
         values = self._values(dtype)
         if not torch.is_grad_enabled():
             return values, nullcontext()
@@ -66,14 +64,14 @@ class FrozenBlocks:
         return row
 
     def round(self, values: Tensor) -> None:
-        """Quantise `values` (of the weight's shape) in blocks, and store them as the weight."""
+        """Quantise `values` in blocks, and store them as the weight."""
         rows = self.data.detach().view(-1, self.matrix_bytes)
         for row, matrix in zip(rows, values.view(-1, *self.shape[-2:]), strict=True):
             found = quantize(matrix, BLOCKS)
             row.copy_(self.pack(found.q, found.scale))
 
     def _parts(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns one matrix as views of its bytes `row`: scales (m, k) fp32 and codes (M, K) uint8."""
+        """Returns views of one matrix's bytes: scales (m, k) fp32 and codes (M, K) uint8."""
         codes = row[self._scale_bytes : self._scale_bytes + math.prod(self.shape[-2:])]
         return row[: self._scale_bytes].view(torch.float32).view(self._scales), codes.view(self.shape[-2:])
 
@@ -89,7 +87,7 @@ class FrozenBlocks:
 
 
 def hold_in_blocks(chunk: DeepSeekV3) -> None:
-    """Replace a meta chunk's weights by bytes, if `is_held_in_blocks` accepts their names."""
+    """Replace a meta chunk's weights by bytes, where `is_held_in_blocks` accepts the name."""
     for name, _ in list(chunk.named_parameters()):
         if is_held_in_blocks(name):
             prefix, _, own = name.rpartition(".")
@@ -107,7 +105,7 @@ def frozen_blocks(chunk: nn.Module) -> Iterator[tuple[str, FrozenBlocks]]:
 
 
 def draw_blocks(chunk: DeepSeekV3, seed: int) -> None:
-    """Draw initial values for all frozen blocks, from the same distribution as `initialise`."""
+    """Draw initial values for all frozen blocks, like `initialise`."""
     for name, blocks in frozen_blocks(chunk):
         values = torch.empty(blocks.shape, device=blocks.data.device)
         draw_normal(values, f"{seed}/{name}", chunk.config.init_std, blocks.experts)

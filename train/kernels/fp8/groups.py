@@ -4,9 +4,8 @@ FP8 kernels work on complete tiles. In Fprop and Dgrad, one program computes 128
 of one expert share a scale. Zeros fill the last tile of an expert, and change no scale or sum.
 
 Some GEMMs, and casts whose scales cover several rows, need padding: zero rows up to a multiple of 128. Sluice's own
-GEMMs read rows without padding. Only their Wgrad operands, which are transposed, have padded columns.
-
-If the host does not know the experts' row counts, it launches GEMMs for the largest possible number of tiles.
+GEMMs need it only in Wgrad. If the host does not know the row counts, it launches GEMMs for the maximum number of
+tiles.
 
 Shape suffixes: R rows from the dispatcher, P rows in the layout that the GEMMs read, E experts.
 """
@@ -25,30 +24,31 @@ class PaddedGroups:
 
     def __init__(self, counts_E: Tensor, rows: int | None = None, padded: bool = True):
         """counts_E: number of rows of each expert.
-        rows: the sum of counts_E; None: the host waits for the device and reads counts_E.
+        rows: the sum of counts_E; None: the host waits for the device to read counts_E.
         padded: whether the GEMMs read rows with padding between the experts.
         """
         self._counts_E, self._rows, self._is_padded = counts_E, rows, padded
 
     @cached_property
     def counts(self) -> list[int]:
-        """Number of rows of each expert. To read it, the host waits for the device."""
+        """Rows of each expert. Reading them makes the host wait."""
         return self._counts_E.tolist()
 
     @cached_property
     def padded(self) -> list[int]:
-        """`counts` rounded up to multiples of 128. To read it, the host waits for the device."""
+        """`counts` rounded up to multiples of 128. Reading it makes the host wait."""
         return [-(-count // TILE) * TILE for count in self.counts]
 
     @cached_property
     def starts(self) -> list[int]:
-        """First row of each expert in the GEMMs' layout. To read it, the host waits for the device."""
+        """First row of each expert in the GEMMs' layout. Reading it makes the host wait."""
         return list(accumulate(self.padded if self._is_padded else self.counts, initial=0))[:-1]
 
     @cached_property
     def rows(self) -> int:
-        """Number of rows P, in the layout that the GEMMs read. If the host does not know the counts, P is the largest
-        possible number, and unused rows at the end are zero."""
+        """Number of rows P that the GEMMs read. It is the maximum, with zero rows, if the host does not know the
+        counts.
+        """
         if self._rows is None:
             return sum(self.padded)
         return most_tiles(self._rows, len(self._counts_E)) * TILE if self._is_padded else self._rows
@@ -67,8 +67,7 @@ class PaddedGroups:
     def sum_ends_E(self) -> Tensor:
         """End of each expert's rows for a sum over rows (Wgrad), int32.
 
-        The rows are padded, and each expert has at least one tile. All rows after the last expert's rows belong to that
-        expert.
+        The rows are padded, to at least one tile per expert. Unused rows belong to the last expert.
         """
         ends_E = ((self._counts_E.clamp_min(1) + (TILE - 1)) // TILE * TILE).cumsum(0, dtype=torch.int32)
         ends_E[-1:].fill_(most_tiles(self.rows + len(ends_E), len(ends_E)) * TILE)
@@ -76,12 +75,12 @@ class PaddedGroups:
 
     @property
     def unpadded_ends_E(self) -> Tensor | None:
-        """`ends_E` for rows without padding. None for padded rows, where each tile belongs to one expert."""
+        """`ends_E` for rows without padding; None for padded rows."""
         return None if self._is_padded else self.ends_E
 
     @cached_property
     def slots_R(self) -> Tensor | None:
-        """Position of every row in the padded layout, int64; None if rows need no padding."""
+        """Position of every row in the padded layout; None without padding."""
         if not self._is_padded or (self._rows is None and self.padded == self.counts):
             return None
         counts_E = self._counts_E
@@ -95,7 +94,7 @@ class PaddedGroups:
         return (self._counts_E + (TILE - 1)) // TILE * TILE
 
     def pad(self, rows_RX: Tensor) -> Tensor:
-        """Convert rows to the GEMMs' layout: (R, ...) -> (P, ...), with zero rows between the experts."""
+        """Convert rows to the GEMMs' layout: (R, ...) -> (P, ...), padded with zeros."""
         if self.slots_R is None:
             return rows_RX.contiguous()
         return rows_RX.new_zeros(self.rows, *rows_RX.shape[1:]).index_copy_(0, self.slots_R, rows_RX)
@@ -105,22 +104,19 @@ class PaddedGroups:
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
     def real(self, step: int = 1) -> list[slice]:
-        """Returns each expert's slice of the P rows. The length is a multiple of `step`, which must divide 128."""
+        """Returns each expert's slice of the P rows, with a multiple of `step` (which divides 128) rows."""
         ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
         return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Returns the largest possible number of tiles of 128 rows, if each tile belongs to one expert.
-
-    rows: total number of rows.
-    """
+    """Returns the largest possible number of tiles of 128 rows, each of one expert. rows: of all experts."""
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 
 def on_device(numbers: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Returns the numbers as a tensor on the device.
 
-    A GPU copies them from page-locked memory; otherwise the host would wait for all earlier work on the GPU.
+    A GPU copies them from page-locked memory, so that the host need not wait.
     """
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -9,9 +9,9 @@ weight, gradient):
 
 or for one of two matmuls (fprop, dgrad):
 
-    error         |y - y'| / |y'| for the first 128 rows; y' is the result of the same matmul with bf16 operands
+    error         |y - y'| / |y'| for the first 128 rows; y' is the result with bf16 operands
 
-Readings stay on the device until the end of the step, so the host does not wait.
+Readings stay on the device until the end of the step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ class Reading:
 
     layer: str
     subject: str
-    """The measured tensor (activation, weight or gradient), or for errors the matmul (fprop or dgrad)."""
+    """The measured tensor (activation, weight, gradient) or matmul (fprop, dgrad)."""
     name: str
     value: Tensor
     """A scalar, on the device."""
@@ -51,7 +51,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def operand(self, subject: str, x: Tensor, rule: OperandRule) -> None:
-        """Compute the readings of a tensor x (..., M, K) that `rule` quantises. subject: see `Reading.subject`."""
+        """Compute the readings of x (..., M, K) under `rule`. subject: see `Reading.subject`."""
         if x.numel() == 0:
             return
         cast = fitted(rule.cast(), x)
@@ -62,7 +62,7 @@ class LayerProbe:
         nonzero = blocks != 0
         clamped = ~(
             scaled.abs() <= rule.format.max * (1 + 2**-20)
-        )  # values beyond the maximum by a single rounding do not count as clamped
+        )  # values that exceed the maximum by one rounding are not clamped
         flushed = (round_to(scaled, rule.format) == 0) & nonzero
         used = amax > 0
         self._take(subject, "flushed", flushed.sum() / nonzero.sum().clamp_min(1))
@@ -72,10 +72,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def matmul(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """Compute the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T.
-
-        subject: see `Reading.subject`.
-        """
+        """Compute the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T."""
         if out.numel() == 0:
             return
         exact = (left[:SHADOW_ROWS].bfloat16() @ right.bfloat16().mT).float()
@@ -90,7 +87,7 @@ class HealthWatch:
     """Selects the steps that are monitored, and summarises their readings."""
 
     def __init__(self, every: int):
-        """every: steps from one monitored step to the next; 0: monitor no step."""
+        """every: steps between monitored steps; 0: monitor none."""
         self._every = every
         self._names: dict[int, str] = {}
         self._readings: list[Reading] = []
@@ -101,21 +98,21 @@ class HealthWatch:
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:
-        """Clear the readings, and monitor a step whose index is a multiple of `every`."""
+        """Clear the readings. Monitor a step whose index is a multiple of `every`."""
         self._readings.clear()
         self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
         """Returns the probe for the layer that has this weight; None if the step is not monitored.
 
-        Also None in a forward without gradients, and in the second run of a recomputed layer.
+        Also None without gradients, and in the second run of a recomputed layer.
         """
         if not self._watching or not torch.is_grad_enabled() or is_repeated():
             return None
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 
     def report(self) -> "Report":
-        """Returns the step's worst reading of each name; empty if the step was not monitored."""
+        """Returns the worst reading of each name in a monitored step."""
         report = Report({}, {}, [])
         if not self._readings:
             return report
@@ -150,7 +147,7 @@ class Report:
     """Results of one monitored step."""
 
     metrics: dict[str, float]
-    """Maps fp8_SUBJECT_NAME (fields of `Reading`) to the worst value of all layers."""
+    """Worst value of all layers, by fp8_SUBJECT_NAME (fields of `Reading`)."""
     layers: dict[str, dict[str, float]]
     """Maps layer_fp8_SUBJECT_NAME to a value for each layer."""
     warnings: list[str]

@@ -6,15 +6,12 @@
       TritonMatmuls    Sluice's kernels (train/kernels/fp8/triton_matmuls.py), which need only torch and triton
       DeepGemmMatmuls  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
-If a library is missing or too old, the run fails with an error that names it. The quantisation kernels pad operands
-with zero rows to multiples of 128.
-
-Pitfalls of the libraries:
+The quantisation kernels pad operands with zero rows to multiples of 128. Pitfalls of the libraries:
 - For a 128x128 operand, cuBLASLt expects a multiple of 4 scales along the contraction. So Sluice pads these scales.
 - DeepGEMM's K-grouped kernel reads each expert's operand as a separate matrix. It needs a C operand, and does not write
-the result of an expert without rows.
+  the result of an expert without rows.
 - If tile scales are stored row by row, DeepGEMM transposes them. In Wgrad it then compiles a kernel for each number of
-rows, which fails above 116,000 rows. So Sluice stores scales column by column.
+  rows, which fails above 116,000 rows. So Sluice stores scales column by column.
 
 Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.
@@ -43,22 +40,20 @@ from train.kernels.fp8.quantize import QuantizedTensor, dequantize
 
 @dataclass(frozen=True)
 class PaddedOperand:
-    """A quantised operand in the kernels' memory layout, padded to multiples of 128."""
+    """A quantised operand, padded to multiples of 128."""
 
     q: Tensor
-    """Codes (..., O, C). For DeepGEMM's K-grouped GEMM, q is flat: one matrix (O, expert's rows) after another."""
+    """Codes (..., O, C). For DeepGEMM's K-grouped GEMM: flat matrices (O, expert's rows), one after another."""
     scale: Tensor
-    """Scales. Tiles: (O, C / 128), stored column by column. Blocks: (..., O / 128, C / 128), contiguous. MXFP8: see
-    `quantize_mx` in train/kernels/fp8/triton_quantize.py."""
+    """Scales. Tiles: (O, C / 128), stored column by column. Blocks: (..., O / 128, C / 128), contiguous."""
     tiles: bool
-    """Whether rows have a scale per 128 (or 32) elements of C; else each 128x128 block has one."""
+    """Whether scales are per row and 128 (or 32) elements of C, not per 128x128 block."""
     outer: int
     """The size O without padding."""
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
-        """The codes and block scales for cuBLASLt's right operand: (C, O), and (C / 128 padded to a multiple of 4, O /
-        128)."""
+        """Codes (C, O) and block scales (C / 128, O / 128) of cuBLASLt's right operand, scales padded to 4 along C."""
         right = -self.scale.shape[1] % 4  # zero for most shapes, which then need no copy
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
@@ -67,7 +62,7 @@ class GroupedMatmuls(Protocol):
     """The two kinds of grouped GEMMs, on operands with at least one row."""
 
     flat: bool
-    """Whether an operand of `wgrad` is flat, with one matrix per expert."""
+    """Whether an operand of `wgrad` is flat, one matrix per expert."""
     counted: bool
     """Whether the host must know each expert's number of rows."""
 
@@ -84,7 +79,7 @@ class GroupedMatmuls(Protocol):
         """Multiplies left (O, P) by the transpose of right (N, P), separately for the columns of each expert. Both are
         in tiles.
 
-        out_EON: is overwritten (bf16 or fp32), or if `added`, the result is added to it (fp32).
+        out_EON: is overwritten (bf16 or fp32), or if `added`, added to (fp32).
         groups: None if all columns are summed into one matrix.
         """
 
@@ -280,8 +275,7 @@ class HopperEngine:
         return self._casts.swiglu_backward(h.q, gates_P, da_PF, h.scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        # The same kernel gives the same bits of `a`. The other results of the kernel depend on da, which is zero here,
-        # and are ignored.
+        # The same kernel gives the same bits of `a`. Its other results are ignored; da is zero.
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 
@@ -292,15 +286,15 @@ def needs_deep_gemm(fp8: Fp8) -> bool:
 
 
 def has_mx_tiles(fp8: Fp8) -> bool:
-    """Returns whether an operand of the recipe has one scale per 32 values, as only Blackwell supports."""
+    """Returns whether an operand has one scale per 32 values, as only Blackwell supports."""
     return any("/1x32/" in getattr(fp8, name) for name in FP8_OPERANDS)
 
 
 def check_gpu_operands(fp8: Fp8) -> None:
     """Check that a GPU supports the operands of a recipe. Raises UserError.
 
-    All operands must be E4M3. On Hopper, weights must have 128x128 blocks, and other operands 1x128 tiles. On
-    Blackwell, all must have 1x32 tiles.
+    All operands must be E4M3. Hopper needs 128x128 blocks for weights, and 1x128 tiles for other operands. Blackwell
+    needs 1x32 tiles.
     """
     mx = has_mx_tiles(fp8)
     for name in FP8_OPERANDS:

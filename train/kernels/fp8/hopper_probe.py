@@ -3,8 +3,8 @@
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
 A separate process checks versions, and then runs small GEMMs through the functions of a training step. It compares the
-results with the emulation on the CPU (train/kernels/fp8/cpu_engine.py). It writes each stage to the file ANSWER,
-because an incompatible library may abort the process.
+results with the emulation on the CPU. It writes each stage to the file ANSWER, because an incompatible library may
+abort the process.
 """
 
 import json
@@ -33,21 +33,19 @@ if TYPE_CHECKING:
     from train.kernels.fp8.engines import Fp8Engine
 
 PROBE_SECONDS = 300.0
-"""Longest duration of the probe, in seconds. Imports take 5 s, and each of two DeepGEMM compilations 10 s."""
+"""Time limit of the probe. Imports take 5 s, and each of two DeepGEMM compilations 10 s."""
 MATMUL_BOUND = 1e-2
-"""Largest allowed norm of a GEMM row's error, relative to the norm of the emulated row. Rounding to bf16 causes 1e-3.
-Hopper's tensor cores add an error: they sum 128 elements with fewer bits than fp32. A misplaced scale or row causes at
-least 0.1."""
+"""Largest allowed norm of a GEMM row's error, relative to the norm of the emulated row. Rounding to bf16 causes 1e-3;
+Hopper's tensor cores add an error. A misplaced scale or row causes at least 0.1.
+"""
 PROBE_TAIL = 1500
-"""Number of characters from the end of the child's output in an error message."""
+"""Last characters of the child's output in an error message."""
 
 
 def probe(config: Config, device: int = 0) -> str:
-    """Runs all tests in a child process, for at most PROBE_SECONDS. Returns the installed versions in one line.
+    """Runs all tests in a child process. Returns the installed versions in one line.
 
-    Raises UserError, which lists all incompatibilities.
-
-    device: index of the GPU.
+    Raises UserError, which lists all incompatibilities. device: index of the GPU.
     """
     name, fp8 = config.precision.name, config.precision.fp8
     assert fp8 is not None
@@ -83,7 +81,7 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """Runs the tests in the child process. Writes an answer at every stage, in case the process aborts."""
+    """Runs the tests in the child process. Writes an answer at every stage, because it may abort."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None
@@ -117,11 +115,11 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """One GEMM of the test, for the engine and for the reference."""
+    """One GEMM of the test, for the engine and the reference."""
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
-    """Computes the GEMM, from an engine and a function that moves a tensor to its device."""
+    """Computes the GEMM with an engine. The function moves a tensor to the engine's device."""
 
 
 def wrong_matmuls(
@@ -129,7 +127,6 @@ def wrong_matmuls(
 ) -> list[tuple[str, str]]:
     """Runs all small GEMMs. Returns a problem and its fix for each GEMM that fails or differs from the reference.
 
-    fp8: the recipe; decides which library computes the grouped GEMMs.
     say: is called with the name of each GEMM before it runs.
     """
     from train.kernels.fp8.cpu_engine import CpuEngine
@@ -140,7 +137,7 @@ def wrong_matmuls(
         expected = trial.run(reference, lambda x: x).float()
         try:
             ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
-        except Exception as error:  # any exception of a library; after it, all GEMMs on this GPU may fail
+        except Exception as error:  # any library exception; all later GEMMs may fail after it
             said = "\n          ".join(str(error).strip().splitlines()[:3])[:PROBE_TAIL]
             return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)
@@ -152,7 +149,7 @@ def wrong_matmuls(
 
 
 def _trials(fp8: Fp8) -> "Iterator[Trial]":
-    """Yields tests with difficult shapes: odd sizes, five blocks along the contraction, an expert without rows."""
+    """Yields difficult shapes: odd sizes, five blocks along the contraction, an expert without rows."""
     import torch
 
     from train.kernels.fp8.cast_rules import OperandRule
@@ -165,7 +162,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        """Draw rows of very different magnitudes, so that a misplaced scale causes a large error."""
+        """Draw rows of very different magnitudes, which reveal a misplaced scale."""
         x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
         return x.bfloat16()
 
@@ -215,7 +212,7 @@ def _how(code: int) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-    """Returns the child's output as text; subprocess gives bytes after a timeout."""
+    """Returns the child's output as text, even after a timeout."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 

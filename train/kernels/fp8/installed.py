@@ -15,12 +15,12 @@ from conf.errors import UserError
 DEEP_GEMM = "sgl-deep-gemm"
 """DeepGEMM's package on PyPI. Its module is deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""Oldest DeepGEMM with the K-grouped FP8 kernel, and the newest built for TORCH_OF_DEEP_GEMM."""
+"""Oldest DeepGEMM with the K-grouped FP8 kernel, and newest for TORCH_OF_DEEP_GEMM."""
 TORCH_OF_DEEP_GEMM = (2, 11)
-"""The torch version for DeepGEMM. With 2.12 and 2.13, its first call aborts the process (PyObjectSlot)."""
+"""The torch version for DeepGEMM, whose first call aborts with 2.12 and 2.13 (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""The version shown if deep_gemm is not from the package DEEP_GEMM. The probe tests such a build too."""
+"""Version shown for a deep_gemm that is not the package DEEP_GEMM. The probe tests it too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
@@ -28,7 +28,7 @@ OLDEST_NVCC = (12, 3)
 CAPABILITY = (9, 0)
 """Compute capability of Hopper GPUs (one scale for 128 values)."""
 MX_CAPABILITIES = (10, 0), (10, 3)
-"""Compute capabilities of Blackwell server GPUs that torch's grouped MXFP8 GEMMs support."""
+"""Blackwell capabilities that torch's grouped MXFP8 GEMMs support."""
 
 WITHOUT_PACKAGES = "use precision.fp8.backend=triton, which needs no extra package, or pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5 (the extra [fp8])"
 TOOLKIT = (
@@ -48,13 +48,13 @@ class InstalledVersions:
     abi: bool
     """Whether torch is built with C++11's ABI, as DeepGEMM is."""
     scaled_mm: bool
-    """Whether torch has scaled_mm, which multiplies quantised matrices and applies their scales."""
+    """Whether torch has scaled_mm, the matmul of quantised matrices."""
     triton: str | None
     deep_gemm: str | None
     nvcc: str | None
     """Version of nvcc, the compiler in `toolkit`."""
     toolkit: str | None
-    """DeepGEMM's CUDA toolkit: CUDA_HOME, CUDA_PATH, the folder of nvcc on the PATH, or /usr/local/cuda."""
+    """DeepGEMM's CUDA toolkit: CUDA_HOME, CUDA_PATH, the folder of nvcc, or /usr/local/cuda."""
     nvrtc: bool
     """Whether DeepGEMM compiles with NVRTC instead of nvcc (DG_JIT_USE_NVRTC)."""
     driver: str | None
@@ -104,8 +104,7 @@ def look_up_versions(device: int | None = None) -> InstalledVersions:
 def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list[tuple[str, str]]:
     """Returns the incompatibilities, each with its fix.
 
-    deep_gemm: whether DeepGEMM computes the grouped GEMMs.
-    mx: whether 32 values share a scale.
+    deep_gemm: whether DeepGEMM computes the grouped GEMMs. mx: whether 32 values share a scale.
     """
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
@@ -168,11 +167,7 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
 
 
 def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserError:
-    """Returns one error for all problems.
-
-    found: the installed versions.
-    value: the name of the precision.
-    """
+    """Returns one error for all problems. found: the installed versions. value: name of the precision."""
     problems = "".join(f"\n        - {problem}" for problem, _ in bad)
     rule = f"needs compatible packages:{problems}\n        found: {found}"
     return UserError("precision", value, rule, ";\n        ".join(dict.fromkeys(cure for _, cure in bad)))
@@ -187,7 +182,7 @@ def version(package: str) -> str | None:
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
-    """Returns up to three numbers at the start of a version text."""
+    """Returns up to three numbers at the start of a text."""
     return tuple(map(int, re.findall(r"\d+", (text or "").partition("+")[0])[:3]))
 
 

@@ -15,11 +15,10 @@
                 dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
 The saved input may have another cast than in Fprop. If the model saves or recomputes the original input anyway
-(`train.model.recompute`), the layer saves no FP8 copy. Backward then casts the original input again.
+(`train.model.recompute`), the layer saves nothing, and backward casts the original again.
 
-Some GEMMs need each expert's rows padded to a multiple of 128 (train/kernels/fp8/groups.py). If the dispatcher sends
-FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast, the arrived codes are Q(x)
-and Q(dy).
+If the dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast,
+the arrived codes are Q(x) and Q(dy).
 
 Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows in the layout
 that the GEMMs read, D width, F inner width, E experts.
@@ -70,7 +69,7 @@ def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
 
 
 def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
-    """Returns the tensor for Fprop's activation operand: the saved one (`kept`) if it has Fprop's cast, else x_MK."""
+    """Returns the source of Fprop's activation: the saved one (`kept`) if it has Fprop's cast, else x_MK."""
     rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
@@ -84,10 +83,7 @@ def gradient_operands(
     weights_needed: bool,
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """Returns the left operands of Dgrad and Wgrad; None for a matmul that is not needed.
-
-    groups: positions of the experts' rows.
-    """
+    """Returns the left operands of Dgrad and Wgrad; None for a matmul that is not needed."""
     if inputs_needed and weights_needed:
         return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
     for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None
@@ -151,7 +147,7 @@ def expert_ffn(
 
     rows_RD: rows sorted by expert. They and the gradient of the result may be `QuantizedRows`.
     weights, probes, added: pairs, for w13 and for w2.
-    kernels: compute the adapters' matmuls, with rows in bf16 or fp32.
+    kernels: compute the adapters' matmuls in bf16 or fp32.
     """
     groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD)), weights
     up, down = (None, None) if probes is None else probes
@@ -172,10 +168,7 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Converts rows between the layouts of the GEMMs and of the dispatcher.
-
-    there, back: convert rows in forward, and gradients in backward.
-    """
+    """Converts rows between the layouts of the GEMMs and of the dispatcher, and gradients back."""
 
     @staticmethod
     def forward(ctx, rows, there, back):
@@ -272,7 +265,7 @@ class _Down(Function):
 
 
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
-    """Returns the rows in the layout of the GEMMs: as codes if they arrived in the rule's cast, else as values."""
+    """Returns the rows in the layout of the GEMMs. They stay codes if they arrived in the rule's cast."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.cast() == cast:
@@ -285,7 +278,7 @@ def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: Ope
 def _probe_forward(
     probe: LayerProbe, rules: MatmulRules, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
-    """Compute the readings of a projection's operands, and the GEMM error of the expert with the most rows."""
+    """Compute the readings of a projection's operands, and the GEMM error of the largest expert."""
     probe.operand("activation", x_PK, rules.left)
     probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)

@@ -1,7 +1,6 @@
 """Block-scaled quantisation: the plain reference, also used by the CPU emulation.
 
 A tensor (..., M, K) is cut into blocks of (rows, columns). Each block is divided by one scale and cast (paper 3.3.2).
-Activations and gradients have tiles of 128 along the contraction, weights have blocks of 128x128.
 
     amax    = max(max |x|, floor)                the floor is 1e-4 for activations and weights
     scale   = amax / max of the format           rounded up to a power of two for UE8M0 scales
@@ -10,8 +9,6 @@ Activations and gradients have tiles of 128 along the contraction, weights have 
 
 All arithmetic is fp32 with IEEE division. Each value is rounded once, to nearest with ties to even. So the CPU and the
 Triton kernels agree in every bit of q and scale. Zeros pad incomplete blocks, and do not change amax.
-
-With AVX2, the CPU emulation uses train/kernels/fp8/compiled_casts.py.
 
 Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
 """
@@ -27,27 +24,22 @@ from train.kernels.fp8.formats import Cast, ScaleBlock, pack_e5m6, round_to, unp
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantised tensor. Its values are q * scale, with one scale per block."""
+    """A quantised tensor, with one scale per block. Its values are q * scale."""
 
     q: Tensor
     """Codes (..., M, K) in the format's dtype; for E5M6 (..., M, 3 ceil(K / 2)) uint8."""
     scale: Tensor
     """Scales (..., ceil(M / rows), ceil(K / columns)), fp32."""
     cast: Cast
-    """The cast that produced q and scale, with its block fitted to the tensor."""
+    """The cast of q and scale, fitted to the tensor."""
     shape: torch.Size
-    """Shape of the tensor, (..., M, K), without padding of q and scale."""
+    """Shape of the tensor, (..., M, K), without padding."""
 
 
 def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns the fp32 scale and inverse of blocks; NaN where amax is NaN.
-
-    amax: the max-abs of each block.
-    """
+    """Returns the fp32 scale and inverse of blocks. amax: max-abs of each block; NaN gives NaN."""
     amax = amax.float().clamp_min(cast.floor)
-    maximum = torch.full_like(
-        amax, cast.format.max
-    )  # a tensor, because torch multiplies by the reciprocal of a Python number instead of dividing
+    maximum = torch.full_like(amax, cast.format.max)  # a tensor, because torch would multiply by a number's reciprocal
     scale = amax / maximum
     if not cast.pow2:
         return scale, maximum / amax
@@ -70,7 +62,7 @@ def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
 
 
 def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
-    """Splits x into blocks: (..., M, K) -> (..., m, rows, k, columns). Zeros pad incomplete blocks."""
+    """Splits x into zero-padded blocks: (..., M, K) -> (..., m, rows, k, columns)."""
     rows, columns = block
     below, right = -x_MK.shape[-2] % rows, -x_MK.shape[-1] % columns
     if below or right:
@@ -80,7 +72,7 @@ def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
 
 
 def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Reverses `blocked`: returns a contiguous tensor of this shape, (..., M, K), without padding."""
+    """Reverses `blocked`: returns a contiguous tensor (..., M, K), without padding."""
     whole = blocks.flatten(-4, -3).flatten(-2, -1)
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
@@ -100,14 +92,13 @@ def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
 
 def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns the values of a quantised tensor: (..., M, K)."""
-    # fp16 represents every code exactly. Its product with an fp32 scale is rounded once, to fp32. In mode=prove, the
-    # scale and the product are in fp64.
+    # fp16 represents every code exactly. Its product with an fp32 scale is rounded once, to fp32 (fp64 in mode=prove).
     values = unpack_e5m6(x.q, x.shape[-1]) if x.cast.format.dtype is None else x.q.half()
     return unblocked((blocked(values, x.cast.block) * x.scale[..., :, None, :, None]).to(dtype), values.shape)
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
-    """Returns the smallest dtype that holds dequantised values exactly: bf16 if scales are powers of two, else fp32."""
+    """Returns the smallest dtype that holds dequantised values: bf16 if scales are powers of two, else fp32."""
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 

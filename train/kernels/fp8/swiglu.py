@@ -6,7 +6,7 @@
                dw = sum over the row of da * silu(g) * u
 
 Arithmetic is in fp32. Forward casts to FP8 directly from fp32. Backward returns `a` and dh in bf16, because two casts
-(1x128 and 128x1) read each of them and must start from the same numbers.
+(1x128 and 128x1) must start from the same numbers.
 
 Shape suffixes: P rows, F inner width of an expert.
 """
@@ -24,10 +24,7 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Splits the rows of x into parts with at most `fp8_gate_and_up` elements of h (conf/thresholds.py).
-
-    h_P2F: None if x is h.
-    """
+    """Splits the rows of x into parts of at most `fp8_gate_and_up` elements of h. h_P2F: None if x is h."""
     h_P2F = x_P if h_P2F is None else h_P2F
     return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 
@@ -52,7 +49,7 @@ def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Ten
 
 
 def _backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, a_PF: Tensor, dh_P2F: Tensor, dgates_P: Tensor) -> None:
-    """Writes some rows' `a`, dh and dw to a_PF, dh_P2F and dgates_P."""
+    """Writes some rows' `a`, dh and dw."""
     gate_PF, up_PF = h_P2F.float().chunk(2, -1)
     da_PF, gates_P1 = da_PF.float(), gates_P[:, None]
     dgate_PF, dup_PF = dh_P2F.chunk(2, -1)

@@ -3,22 +3,18 @@
     matmul      left (R, C), right (E, N, C) -> (R, N)     Fprop and Dgrad: each row times its expert's matrix
     wgrad       left (O, P), right (N, P) -> (E, O, N)     Wgrad: a separate sum over the columns of each expert
 
-A scale applies to 1x128 values; in the right operand of `matmul`, to 128x128.
-
-Tensor cores sum 128 elements of the contraction. The kernel scales this partial sum and adds it to an fp32 sum in
-registers, because tensor cores accumulate with low precision (paper 3.3.2). `wgrad` can add to an existing result, so
-micro-batches are summed without rounding.
+A scale applies to 1x128 values; in the right operand of `matmul`, to 128x128. Tensor cores accumulate with low
+precision. So they sum only 128 elements of the contraction, and the kernel adds this scaled sum in fp32 (paper 3.3.2).
+`wgrad` can add to an existing result in fp32.
 
 The kernels read the end of each expert's rows on the device, so the host never waits. In Fprop and Dgrad, rows have no
-padding. In Wgrad, zeros fill each expert's last tile of columns (`quantize_columns`). All other sizes are multiples of
-128. A dense GEMM has a single expert.
+padding. In Wgrad, zeros fill each expert's last tile of columns. All other sizes are multiples of 128. A dense GEMM has
+a single expert.
 
-The position of a tile has 64 bits, and the offsets of its elements have 32 bits. With 64-bit pointers to elements, the
-loop over the contraction is 10 % slower, and in a dense Wgrad a third slower. In a large GEMM, a program computes two
-adjacent tiles: 128 rows by 256 columns (register use: bench/RESULTS.md).
+The position of a tile has 64 bits, and the offsets of its elements have 32 bits, which is up to a third faster. In a
+large GEMM, a program computes two adjacent tiles.
 
-The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
-columns of whole tiles, E experts.
+The module needs triton. Shape suffixes: O, N outer, C contraction, R rows, P columns of whole tiles, E experts.
 """
 
 from functools import partial
@@ -35,26 +31,25 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Number of adjacent row tiles in a band. Consecutive programs compute a band for one column tile, so each tile of the
-right operand is read once per band."""
+"""Adjacent row tiles that consecutive programs compute for one column tile, so that they share the right operand."""
 WARPS, STAGES = 8, 4
-"""Warps and pipeline stages of a program. Eight warps are two warpgroups of 64 rows each. A tile's sum and partial sum
-need half of a thread's registers. A stage has 32 KiB, or 48 KiB for two tiles. Four stages fill more than half of a
-Hopper GPU's shared memory."""
+"""Warps and pipeline stages of a program. Eight warps are two warpgroups of 64 rows each. A stage has 32 KiB of shared
+memory, or 48 KiB for two tiles.
+"""
 LANES = 32
-"""Number of threads of a warp. Every thread gets the sum of a vector with at least this many elements. So the compiler
-knows that all threads run equally many steps. With up to 16 experts this saves 32 of 276 instructions per step (Triton
-3.7.1)."""
+"""Threads of a warp. With vectors of at least this length, the compiler knows that all threads run equally many steps
+(Triton 3.7.1).
+"""
 
 
 def _named(kernel: str, specialization) -> str:
-    """Returns a kernel's name in profilers, which differs for grouped and dense GEMMs."""
+    """Returns a kernel's name in profilers: grouped or dense."""
     return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
 
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Returns a program's tile (m, n). Programs compute all m of a band (see `BAND`) for one n, then for the next."""
+    """Returns a program's tile (m, n). Programs compute all m of a band for one n, then for the next."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -91,15 +86,14 @@ def _matmul_kernel(
         rows = tl.load(left + left_place)
         acc += tl.dot(rows, tl.load(right + place).T) * scale[:, None]
         if tiles == 2:
-            # This empty instruction makes the compiler finish the first GEMM before the second. So both GEMMs use the
-            # same registers for their partial sums.
+            # This empty instruction makes the compiler finish the first GEMM before the second, in the same registers.
             acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
             beside += tl.dot(rows, tl.load(next_right + place).T) * next_scale[:, None]
             next_right += 128
         left, right = left + 128, right + 128
         left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
-    # Add zero, but the compiler does not know that it is zero. So it computes the offsets of the results only here, and
-    # the offsets occupy no registers during the loop.
+    # Add a zero that the compiler does not know. So it computes the offsets of the results only here, and the loop has
+    # more registers.
     inside += scale_rows >> 31
     row = width if tiles == 2 else width_out
     out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
@@ -113,7 +107,7 @@ def _matmul_kernel(
 
 @triton.jit
 def store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added: constexpr):
-    """Store tile (m, n) of an expert's matrix. added: whether to add it to the existing values."""
+    """Store tile (m, n) of an expert's matrix. added: whether to add to existing values."""
     row, column = m * 128 + tl.arange(0, 128), n * 128 + tl.arange(0, 128)
     matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
     out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
@@ -168,7 +162,7 @@ def matmul(
     left_scale: (R, C / 128), stored column by column.
     right_scale: (E, N / 128, C / 128), contiguous.
     out_RN: may have fewer rows and columns than the operands.
-    ends_E: end of each expert's rows, int32; the last equals the number of rows of out_RN. None for a single matrix.
+    ends_E: end of each expert's rows, int32; the last is the number of rows of out_RN. None for a single matrix.
     """
     (rows, contraction), (experts, width, _), (height_out, width_out) = left_RC.shape, right_ENC.shape, out_RN.shape
     check_matmul(left_RC, left_scale, right_ENC, right_scale, out_RN)
@@ -185,7 +179,7 @@ def matmul(
 
 
 def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
-    """Asserts that the operands of `matmul` have the layout of its kernels."""
+    """Asserts the layout of the operands of `matmul`."""
     rows, contraction = left_RC.shape
     _whole(right_ENC)
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
@@ -195,8 +189,7 @@ def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_s
 def check_wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool
 ) -> tuple[int, int, int]:
-    """Asserts that the operands of `wgrad` have the layout of its kernel. Returns the result's padded height and width,
-    and the operands' number of columns."""
+    """Asserts the layout of the operands of `wgrad`. Returns the padded height and width, and the number of columns."""
     (height, columns), (width, others) = _whole(left_OP), _whole(right_NP)
     assert others == columns and out_EON.is_contiguous()
     assert _by_column(left_scale) and _by_column(right_scale)
@@ -205,7 +198,7 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Returns how many adjacent tiles a program computes, 1 or 2. tiles_m: number of row tiles."""
+    """Returns how many adjacent tiles a program computes, 1 or 2. tiles_m: row tiles."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # in other cases the compiler unrolls the loop
@@ -218,7 +211,7 @@ def wgrad(
 ) -> Tensor:  # fmt: skip
     """Fill out_EON, bf16 or fp32, with left @ right^T, summed separately over the columns of each expert.
 
-    The result is zero for an expert without columns. Each expert has complete tiles of columns.
+    An expert without columns gets zeros. Each expert has complete tiles of columns.
 
     left_scale, right_scale: (O or N, P / 128), stored column by column.
     out_EON: may have fewer rows and columns than the operands.
@@ -242,7 +235,7 @@ def _by_column(scale: Tensor) -> bool:
 
 
 def _whole(x: Tensor) -> tuple[int, int]:
-    """Returns the last two sizes. Asserts that the tensor is contiguous, and both are multiples of 128."""
+    """Returns the last two sizes, of a contiguous tensor and multiples of 128."""
     rows, columns = x.shape[-2:]
     assert x.is_contiguous() and rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
     return rows, columns

@@ -2,31 +2,29 @@
 
 Each kernel reads its input once. It writes FP8 values and fp32 scales in the layout that the next GEMM reads:
 
-    quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
-    quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
-    quantize_both       (R, C) -> both of these                                          a gradient, for Dgrad and Wgrad
-    quantize_again      (R, C) -> quantize_columns of the result of quantize_tiles       an input saved unquantised, for Wgrad
-    quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
-    quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits per value                  inputs saved for Wgrad with more mantissa bits
-    decode_e5m6         E5M6 codes -> their values in bf16                               input of attention's backward
-    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also of h       the down-projection's input, and h saved for backward
-    swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
-    quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every MXFP8 operand, also SwiGLU's output
+    quantize_tiles      (R, C) -> q (P, C), a scale per row and 128 columns        left operands
+    quantize_columns    (R, C) -> q^T (C, P), a scale per column and 128 rows      both operands of Wgrad
+    quantize_both       (R, C) -> both of these                                    a gradient, for Dgrad and Wgrad
+    quantize_again      quantize_columns of the result of quantize_tiles           an unquantised saved input, for Wgrad
+    quantize_blocks     (R, C) -> q (R, C) or (C, R), a scale per 128x128          weights
+    quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits per value            an input saved more precisely
+    decode_e5m6         E5M6 codes -> their values in bf16                         input of attention's backward
+    swiglu_tiles        quantize_tiles of SwiGLU's output, and of its input h      the down-projection
+    swiglu_backward     a, dh and dw from h and da                                 see train/kernels/fp8/swiglu.py
+    quantize_mx         (R, C) -> q (P, Q), a scale per row and 32 columns         every MXFP8 operand
 
-The input of `quantize_columns` may be quantised: FP8 with a scale per row and 128 columns, or E5M6. So one pass
-converts a saved input to 128x1 tiles for Wgrad (paper 3.5.2). Divisions are IEEE divisions (`div_rn`), because `/` is
-approximate on NVIDIA GPUs.
+The input of `quantize_columns` may be quantised, so one pass converts a saved input to 128x1 tiles for Wgrad (paper
+3.5.2). Divisions are IEEE divisions (`div_rn`), because `/` is approximate on NVIDIA GPUs.
 
 The number of columns must be a multiple of 128, and for weights also the number of rows; the caller pads. Activations
 may have any number of rows. Missing rows of the last tile count as zeros, and are written only if a GEMM reads them.
 
-Only `quantize_mx` accepts any strides and sizes. It writes E8M0 scales in the layout of Blackwell's GEMMs (cuBLAS 13,
-"1D Block Scaling Factors Layout"). An E8M0 scale is a byte: the exponent of a power of two plus 127. A block of 128
-rows by 4 scales has 512 bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). The blocks of 128 rows
-are adjacent, in the order of the contraction; the next rows follow.
+Only `quantize_mx` accepts any strides and sizes. It writes E8M0 scales, bytes with the exponent of a power of two plus
+127, in the layout of Blackwell's GEMMs (cuBLAS 13, "1D Block Scaling Factors Layout"). A block of 128 rows by 4 scales
+has 512 bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). Blocks of the same rows are adjacent, in
+the order of the contraction.
 
-The module needs triton and is imported only where its kernels run. Shape suffixes: R rows, P rows of whole tiles, C
-columns, Q columns of whole tiles.
+The module needs triton. Shape suffixes: R rows, P rows of whole tiles, C columns, Q columns of whole tiles.
 """
 
 import torch
@@ -41,7 +39,7 @@ from train.kernels.fp8.groups import most_tiles, on_device
 QUANTIZE_ROWS = 32
 """Number of rows that a program quantises."""
 BACKWARD_ROWS = 8
-"""Rows of a program of `swiglu_backward`: few, because each element needs several registers."""
+"""Rows of a program of `swiglu_backward`, limited by registers."""
 QUANTIZE_COLUMNS = 32
 """Number of columns that a program of `quantize_columns` quantises."""
 
@@ -62,13 +60,13 @@ def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
 
 @triton.jit
 def _cast(scaled, maximum: constexpr, dtype: constexpr):
-    """Clamp the values and round them to the format; NaN stays NaN."""
+    """Clamp and round values to the format; NaN stays NaN."""
     return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
 @triton.jit
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows (`least` or more).
+    """Returns the end of each expert's rows, and its number of tiles of 128 rows. least: minimum number of tiles.
 
     The results have `slots` entries, a power of two. Entries after the last expert have 0 tiles.
     """
@@ -80,7 +78,7 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns a tile's expert and first row, and the end of the expert's rows. Tiles past the last expert are empty."""
+    """Returns a tile's expert, its first row, and the expert's end. Tiles past the last expert are empty."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
@@ -96,7 +94,7 @@ def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, l
 def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: constexpr):
     """Load fp32 values at rows x columns of one tile of 128 columns. Values from row `last` on are zero.
 
-    scaled: whether the input is FP8 with a scale per row and tile, stored column by column.
+    scaled: whether the input is FP8 with a scale per row and tile.
     """
     there = rows < last
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there[:, None], 0.0).to(tl.float32)
@@ -110,8 +108,7 @@ def _store_tiles(
     x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
 ):  # fmt: skip
-    """Store values at rows x columns of one tile of 128 columns as FP8, with a scale per row, stored column by
-    column."""
+    """Store values at rows x columns of a tile of 128 columns as FP8, with a scale per row."""
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
     tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, there[:, None])
@@ -143,8 +140,7 @@ def _e5m6_kernel(
     x = _load(x_ptr, x_ptr, rows, height, columns, 0, width, height, False)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     x = tl.clamp(x * inverse[:, None], -maximum, maximum, propagate_nan=tl.PropagateNan.ALL)
-    # Round as `formats.round_to` does. After the addition, no bits are left for fractions of a step. A step is the
-    # distance between E5M6 values at x.
+    # Round like `formats.round_to`; a step is the distance between E5M6 values at x.
     step = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 113 << 23) + ((17 << 23) + 0x400000)
     x = (x + step.to(tl.float32, bitcast=True)) - step.to(tl.float32, bitcast=True)
     codes = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0xFFF
@@ -197,7 +193,7 @@ def _columns_kernel(
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
     q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
     base, stride = tile * 128, tl.cast(height_out, tl.int64)
-    if flat:  # `base` and `stride` are multiples of 128; without this hint the compiler stores single bytes
+    if flat:  # multiples of 128; without this hint the compiler stores single bytes
         base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
     tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
     tl.store(scale_ptr + tile * width + columns, scale)
@@ -212,7 +208,7 @@ def _both_kernel(
 ):  # fmt: skip
     """Computes what `_tiles_kernel` and `_columns_kernel` compute, for 128 rows and 128 columns.
 
-    again: whether to apply the second cast to the result of the first, which is then not stored.
+    again: whether to apply the second cast to the result of the first, which is not stored.
     """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
@@ -359,7 +355,7 @@ def _mx_kernel(
 
 
 def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns q (P, C) and scale (P, C / 128), stored column by column as cuBLASLt and DeepGEMM need."""
+    """Returns q (P, C) and scale (P, C / 128), stored column by column."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
@@ -370,8 +366,7 @@ def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns q, uint8 (P, 3 C / 2), packed like `train.kernels.fp8.formats.pack_e5m6`, and scale (P, C / 128), stored
-    column by column."""
+    """Returns q, uint8 (P, 3 C / 2), packed like `pack_e5m6`, and scale (P, C / 128), stored column by column."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(whole, columns // 2 * 3, dtype=torch.uint8)
@@ -395,8 +390,7 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 def quantize_both(
     x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns the result of `quantize_tiles` with the first cast, and of `quantize_columns` with the second. With
-    ends_E, the first result has no padding rows."""
+    """Returns `quantize_tiles` with the first cast, unpadded if ends_E, and `quantize_columns` with the second."""
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
@@ -411,10 +405,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """Quantises x with `quantize_tiles` and the first cast, and that result with `quantize_columns` and the second
-    cast.
-
-    Returns the second result. Both casts must have the same format.
+    """Returns `quantize_columns`, with the second cast, of the result of `quantize_tiles`. The casts must have one
+    format.
     """
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
@@ -476,8 +468,7 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns two results of `quantize_tiles`, without padding rows: SwiGLU's output (P, F) with the first cast, and h
-    with the cast `cache`."""
+    """Returns `quantize_tiles`, without padding rows, of SwiGLU's output (P, F), and of h with the cast `cache`."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
@@ -511,11 +502,11 @@ def quantize_mx(
 ) -> tuple[Tensor, Tensor]:
     """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: a tensor with any strides, or the transpose of a q that an earlier call returned.
-    in_scale: the scale that this earlier call returned; else None.
+    x_RC: a tensor with any strides, or the transpose of an earlier call's q.
+    in_scale: this earlier call's scale; else None.
     ends_E: end of each expert's columns, int32. Each expert has at least one tile, and its scales form a separate
         matrix. Tiles after the last expert's columns are zeros, and belong to the last expert.
-    gates_R: if given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
+    gates_R: if given, x_RC is the input of SwiGLU, whose output is quantised.
     """
     *lead, rows, columns = x_RC.shape
     columns = columns if gates_R is None else columns // 2
@@ -535,7 +526,7 @@ def quantize_mx(
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:
-    """Returns the sizes. Asserts that the tensor is contiguous, with a multiple of 128 columns."""
+    """Returns the sizes of a contiguous tensor with a multiple of 128 columns."""
     rows, columns = x_RC.shape[-2:]
     assert x_RC.is_contiguous(), "kernels read row by row"
     assert columns % TILE == 0, f"{columns} columns are not whole tiles"
@@ -543,7 +534,7 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the first position and row stride of every 128 rows, if q is one matrix (columns, rows) after another."""
+    """Returns the first position and row stride of every 128 rows of a flat q."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)

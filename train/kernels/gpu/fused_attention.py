@@ -1,9 +1,9 @@
-"""Implements the attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core for a run.
+"""The attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core for a run.
 
-One kernel call can compute several consecutive documents of a sequence from their lengths. Queries see keys up to the
-diagonal of their document, so the call needs no mask. Any other rectangle of queries and keys needs a separate call. A
-call with one sequence may have any length; calls with all sequences have few different lengths. So a run may use two
-cores (`AttentionByKind`).
+One kernel call can compute several consecutive documents of a sequence. Queries see keys up to the diagonal of their
+document, so the call needs no mask. Any other rectangle of queries and keys needs a separate call. A call with one
+sequence may have any length; calls with all sequences have few different lengths. So a run may use two cores
+(`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
@@ -22,10 +22,9 @@ from train.model.sequence import Rectangle
 
 ATEN = torch.ops.aten
 LSE_ROWS = 32
-"""The memory-efficient kernel pads log-sum-exps to multiples of this number of queries."""
+"""The memory-efficient kernel pads log-sum-exps to multiples of this many queries."""
 WASTE = 4
-"""Largest ratio of allocated log-sum-exps to queries in a call. For every document, the kernel allocates the
-log-sum-exps of the longest document."""
+"""Largest ratio of allocated log-sum-exps to queries in a call. Every document gets as many as the longest."""
 
 
 class _Documents(NamedTuple):
@@ -35,14 +34,14 @@ class _Documents(NamedTuple):
     bounds: Tensor
     """Start of each document, then the end of the last: int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
-    """Each query's document index, and its position in the document: int64 (M,)."""
+    """Each query's document index and position in it: int64 (M,)."""
 
 
 class _Call(NamedTuple):
     """The arguments of one call of an attention kernel.
 
-    causal: whether queries see keys only up to a diagonal (of their document); else they see all keys.
-    documents: the documents of the call, if there are several; else None.
+    causal: whether queries see keys only up to the diagonal of their document.
+    documents: the documents of the call, if there are several.
     """
 
     sequences: slice
@@ -62,7 +61,7 @@ def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = 
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups rectangles of queries and keys by kernel call, in order. Only consecutive documents can share a call."""
+    """Groups rectangles of queries and keys by kernel call, which only consecutive documents can share."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -104,8 +103,7 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 
 
 class EfficientAttention(PlainAttention):
-    """torch's memory-efficient kernel, for every GPU since 2016. It supports documents. Its backward accepts
-    log-sum-exps that cover more keys than the call has."""
+    """torch's memory-efficient kernel, for every GPU since 2016, also for documents."""
 
     waste: float = WASTE
 
@@ -127,7 +125,7 @@ class EfficientAttention(PlainAttention):
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, scale, seen = given[:3], given.scale, given.seen
-        # The kernel ignores the strides of the output, and assumes the memory order (positions, heads, width).
+        # The kernel ignores the output's strides: positions, heads, width.
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
         grads: tuple[Tensor, ...] | None = None
         for call in seen.once(calls, dout_BHTV.device, self.waste):
@@ -179,9 +177,9 @@ class EfficientAttention(PlainAttention):
 
 
 def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
-    """Returns the largest score of each query, computed again because torch's kernels do not return it.
+    """Returns the largest score of each query, which torch's kernels do not return.
 
-    If a query's log-sum-exp is at most the limit of `given.watch`, the result is the log-sum-exp instead.
+    A query whose log-sum-exp is at most the limit of `given.watch` gets its log-sum-exp instead.
     """
     if not lse_BHT.is_cuda:
         exact = PlainAttention().forward(given, largest=True).largest_BHT
@@ -194,11 +192,7 @@ def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
 
 
 class FlashAttention(EfficientAttention):
-    """torch's FlashAttention kernel, also for documents.
-
-    Queries, keys and values must have one width, so narrower values are padded with zero columns. The log-sum-exps of
-    documents have no padding.
-    """
+    """torch's FlashAttention kernel, also for documents. It pads narrower values."""
 
     waste = math.inf
 
@@ -207,7 +201,7 @@ class FlashAttention(EfficientAttention):
         lengths = self._lengths(call, q, k)
         q, k, v = (_tokens(call, _widened(t, q)) for t in (q, k, v))
         out, lse, *_ = ATEN._flash_attention_forward(q, k, v, *lengths, 0.0, call.causal, False, scale=scale)
-        if call.documents is not None:  # the result has no axis of sequences: out (M, H, Q), lse (H, M)
+        if call.documents is not None:  # no axis of sequences: out (M, H, Q), lse (H, M)
             out, lse = out.unsqueeze(0), lse.unsqueeze(0)
         out_BHTV = out.transpose(1, 2)
         return out_BHTV if out.size(-1) == width else positions_first(out_BHTV[..., :width], v.dtype), lse
@@ -226,8 +220,7 @@ class FlashAttention(EfficientAttention):
         return dq, dk, dv[..., :width]
 
     def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Returns the document bounds among the queries and among the keys, and the longest document's numbers of
-        queries and keys.
+        """Returns the document bounds of queries and of keys, and the longest document's length in both.
 
         Without documents, the bounds are None, and the call counts as one document.
         """
@@ -242,13 +235,13 @@ def _widened(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
-    """Moves positions before heads. If documents share a call, removes the axis of sequences."""
+    """Moves positions before heads. For documents, removes the axis of sequences."""
     x = x_BHTX.transpose(1, 2)
     return x if call.documents is None else x.squeeze(0)
 
 
 class AttentionByKind(EfficientAttention):
-    """Uses one core for calls with all sequences, and another for calls with one."""
+    """Uses one core for calls with all sequences, and another for one sequence."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
         self.whole, self.documents, self.waste = whole, documents, documents.waste
@@ -266,13 +259,13 @@ class AttentionByKind(EfficientAttention):
 
 
 class CudnnAttention(EfficientAttention):
-    """cuDNN's kernel, the fastest core. Not for documents, because cuDNN builds a plan per length."""
+    """cuDNN's kernel, the fastest core, but not for documents."""
 
     takes_documents = False
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Sizes of the log-sum-exp's axes after the third, which depend on the torch version."""
+        """Sizes of the log-sum-exp's further axes, by torch version."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"

@@ -4,12 +4,10 @@ In a bf16 model, operands of matmuls stay in bf16. So absorbed queries, attentio
 are rounded to bf16.
 
 The gradients of latents are sums over queries and heads. For a few queries at a time, a matmul sums over heads, and
-torch's `index_add_` adds the resulting rows to the keys' rows. One kernel for both sums would need atomic additions,
-whose order differs from run to run. With cluster.deterministic, torch's operation has a fixed order
-(train/kernels/deterministic.py).
+torch's `index_add_` adds the resulting rows to the keys' rows.
 
-Meta tensors cause the same allocations as real tensors, for plans. Shapes as in train/kernels/plain/plain_chosen.py; W
-= 2H: heads of ds or q, then heads of p or du.
+Meta tensors cause the same allocations as real tensors. Shapes as in train/kernels/plain/plain_chosen.py; W = 2H: heads
+of ds or q, then heads of p or du.
 """
 
 import torch
@@ -64,7 +62,7 @@ class FusedChosen(PlainChosen):
         if runs(sums_CWX):
             _triton().weights(rows_CWX, latents_SX, chosen_CK, lse_CH, mean_CH, weights_CKW, None, rank, scale)
             _triton().sum_latents(weights_CKW, latents_SX, chosen_CK, sums_CWX, rank)
-        # A missing key adds zeros. Many additions to one row would wait for each other, so these rows differ.
+        # Missing keys add zeros to different rows, because additions to one row would wait for each other.
         other_K = torch.arange(K, dtype=torch.int32, device=chosen_CK.device) % len(latents_SX)
         place_CK = chosen_CK.where(chosen_CK >= 0, other_K)
         size = max(1, THRESHOLDS.gathered_elements // (K * X))
@@ -74,7 +72,7 @@ class FusedChosen(PlainChosen):
 
 
 def _product(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
-    """Returns left @ right of each batch in fp32, or adds it to `into` and returns `into`."""
+    """Returns left @ right in fp32, or adds it to `into`."""
     if left.is_meta:
         return left.new_empty(*left.shape[:2], right.size(2), dtype=torch.float32) if into is None else into
     if left.dtype != torch.bfloat16 or not left.is_cuda:  # torch has neither operation there

@@ -1,5 +1,4 @@
-"""Implements the kernels of a GPU with torch's fused kernels, or with Sluice's Triton kernels
-(train/kernels/gpu/fused_rows.py).
+"""The kernels of a GPU: torch's fused kernels, or Sluice's Triton kernels (train/kernels/gpu/fused_rows.py).
 
 Shapes as in train/model/operations.py.
 """
@@ -25,10 +24,7 @@ from train.model.weight_gradient import LinearMatmul
 
 
 class FusedKernels(PlainKernels):
-    """Implements `Kernels` so that the host never waits for the device.
-
-    core: the attention core; see `train.kernels.choice`.
-    """
+    """Implements `Kernels` so that the host never waits for the device. core: the attention core."""
 
     chosen = FusedChosen()
 
@@ -68,7 +64,7 @@ class FusedKernels(PlainKernels):
             return super().matmul(left_OC, right_NC, dtype, into_ON)
         if left_OC.is_meta:
             return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
-        if not left_OC.is_cuda:  # torch has neither operation on a CPU; the result differs only in the order of sums
+        if not left_OC.is_cuda:  # torch has neither on a CPU; results differ only in the order of sums
             return super().matmul(left_OC.float(), right_NC.float(), dtype, into_ON)
         if into_ON is None:
             return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)
@@ -100,7 +96,7 @@ class FusedKernels(PlainKernels):
         if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
             return super().logits_backward(grad_NE, x_ND, weight_ED, x_needed, weight_needed)
         (N, E), dx_ND, dweight_ED = grad_NE.shape, None, None
-        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient as a sum of two bf16 numbers, with a relative error of 2^-17
+        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient as a sum of two bf16 numbers, with an error of 2^-17
         large_NE, rest_NE = parts_N2E.unbind(1)
         torch.sub(grad_NE, large_NE.copy_(grad_NE), out=rest_NE)
         parts_NX = parts_N2E.flatten(1)
@@ -120,8 +116,8 @@ class FusedKernels(PlainKernels):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # Three cases use plain code. In mode=prove, values are fp64. If ranks share a sequence, they exchange counts in
-        # the middle of the computation. And the kernel supports neither softmax scores nor counts per sample.
+        # Three cases use plain code: fp64 in mode=prove; counts that ranks exchange because they share a sequence;
+        # softmax scores or counts per sample.
         plain = positions.share is not None or positions.samples_BS is not None or rule.softmax
         one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route

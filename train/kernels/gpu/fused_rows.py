@@ -1,7 +1,7 @@
 """Computes SwiGLU and the split into heads on a GPU with the kernels of train/kernels/gpu/triton_rows.py.
 
-Only the first call imports Triton, because mode=plan for GPUs also runs on machines without it. Meta tensors allocate
-the same memory as real tensors, for mode=plan. Shapes as in train/model/operations.py.
+Only the first call imports Triton, because mode=plan also runs without it. Meta tensors allocate the same memory as
+real tensors. Shapes as in train/model/operations.py.
 """
 
 import torch
@@ -11,7 +11,7 @@ from train.model.needed import Function, once_differentiable
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """Returns silu(gate) * up, (N, F), times the row's gate value if gates_N is given."""
+    """Returns silu(gate) * up, (N, F), times each row's gate value if given."""
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     if runs(out_NF):
         _triton().swiglu(h_N2F.contiguous(), None if gates_N is None else gates_N.contiguous(), out_NF)
@@ -45,10 +45,7 @@ class FusedHeads(Function):
 def heads(
     q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns queries, keys and values with heads before positions.
-
-    Queries are rotated in place; values are a view of kv_BTHX.
-    """
+    """Returns queries (rotated in place), keys, and values (a view of kv_BTHX), with heads before positions."""
     B, T = q_BTHQ.shape[:2]
     q_BTHQ, kv_BTHX = q_BTHQ.contiguous(), kv_BTHX.contiguous()
     k_BTHQ = torch.empty_like(q_BTHQ)
@@ -77,7 +74,7 @@ def runs(out: Tensor) -> bool:
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Returns a complex table (T, R/2) as real and imaginary parts (T, R/2, 2)."""
+    """Returns a complex table (T, R/2) as reals (T, R/2, 2)."""
     return torch.view_as_real(table.contiguous())
 
 

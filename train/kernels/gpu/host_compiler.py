@@ -1,8 +1,8 @@
 """Checks the tools on the host that Triton needs besides a GPU: a C compiler and Python's headers.
 
-Triton compiles kernels itself, but builds small Python modules in C to launch them, from the first use of its GPU
-driver. So every run on a GPU needs the compiler and the headers, even in bf16. A C++ compiler is not enough. This file
-searches like triton.runtime.build of Triton 3.6 to 3.9, and tests the compiler, which may lack the C library's headers.
+Triton builds small Python modules in C to launch its kernels. So every run on a GPU needs these tools; a C++ compiler
+is not enough. This file searches like triton.runtime.build of Triton 3.6 to 3.9, and tests the compiler, which may lack
+the C library's headers.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.errors import UserError
 
 COMPILERS = ("gcc", "clang")
-"""Compilers that Triton searches for on the PATH if CC is not set. `cc` is not included."""
+"""Compilers that Triton searches for on the PATH without CC."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
@@ -24,15 +24,15 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NU
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
 COMPILER_SECONDS = 60.0
-"""Time limit for a compilation, which usually takes less than one, in seconds."""
+"""Time limit in seconds for a compilation, usually under one."""
 COMPILER_TAIL = 600
-"""Number of characters from the end of the compiler's output in an error message."""
+"""Last characters of the compiler's output in an error message."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """Returns a missing tool that Triton's launchers need, and how to install it; or None."""
+    """Returns a missing tool, and how to install it; or None."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
@@ -57,10 +57,7 @@ def missing_for_triton() -> tuple[str, str] | None:
 
 
 def require_for_triton(device: object) -> None:
-    """Raises UserError if `missing_for_triton` finds a problem.
-
-    device: the value of cluster.device.
-    """
+    """Raises UserError if `missing_for_triton` finds a problem. device: cluster.device."""
     if (missing := missing_for_triton()) is not None:
         rule = f"needs a C compiler and Python's headers, with which Triton compiles its kernel launchers: {missing[0]}"
         raise UserError("cluster.device", device, rule, f"{missing[1]}; or use cluster.device=cpu")

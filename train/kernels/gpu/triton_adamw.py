@@ -1,13 +1,9 @@
-"""Implements the AdamW of train/optim/adamw.py on a GPU, and sums of squares for norms, each in one pass over memory.
+"""The AdamW of train/optim/adamw.py on a GPU, and sums of squares for norms, each in one pass over memory.
 
-An update moves 20 bytes per parameter if the moments are bf16. The number of launches does not grow with the number of
-parameters. One launch processes many pieces of memory; a table on the device contains their addresses. A program
-processes a chunk: PROGRAM_ELEMENTS elements of one piece.
+One launch processes many pieces of memory; a table on the device contains their addresses. A program processes a chunk:
+PROGRAM_ELEMENTS elements of one piece.
 
-Every element gets the same fp32 arithmetic, as in the compiled code for CPUs. So shard boundaries do not change the
-result.
-
-The module needs triton and is imported only where its kernels run.
+Every element gets the same fp32 arithmetic, so shard boundaries do not change the result. The module needs triton.
 """
 
 from collections.abc import Sequence
@@ -22,25 +18,24 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Number of elements that a program processes in total, and at a time."""
+"""Elements that a program processes in total, and at a time."""
 ALIGNED = 16
-"""If all piece addresses (bytes) and sizes (elements) are multiples of this, threads read 128 bits at a time."""
+"""If it divides all piece addresses (bytes) and sizes (elements), threads read 128 bits at a time."""
 
 
 class _Layout(NamedTuple):
-    """How pieces of memory are cut into chunks, one per program. Tensors are int64 on the device."""
+    """How pieces of memory are cut into chunks, one per program; int64 on the device."""
 
     starts: Tensor
-    """Index of every piece's first element, counted over all pieces. The last entry is the number of elements."""
+    """Index of every piece's first element among all pieces, then the number of elements."""
     first_chunks: Tensor
-    """Index of every piece's first chunk. The last entry is the number of chunks."""
+    """Index of every piece's first chunk, then the number of chunks."""
     piece_of_chunk: Tensor
 
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """Finds the chunk of this program. Returns four numbers: the address of its piece, the start of the chunk in the
-    piece, the start of the piece among all pieces, and the size of the piece."""
+    """Returns the address of this program's piece, the chunk's start in it, the piece's start, and its size."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start
@@ -118,10 +113,7 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Returns every piece's sum of squares: fp64 (pieces,).
-
-    pieces: 1-D fp32 tensors.
-    """
+    """Returns the sum of squares of every 1-D fp32 piece: fp64."""
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
     _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
@@ -129,7 +121,7 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the sum of squares of every chunk, and the index of the first chunk of every piece.
+    """Returns the sum of squares of every chunk, and the index of every piece's first chunk.
 
     A program computes ELEMENTS_AT_ONCE sums in fp32, and adds them in fp64.
     """
@@ -150,7 +142,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """Returns the pieces' layout, their addresses, and whether all addresses and sizes are multiples of ALIGNED."""
+    """Returns the pieces' layout, their addresses, and whether all are multiples of ALIGNED."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
@@ -160,7 +152,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """Returns the layout of pieces with these sizes, cached because sizes do not change in a run."""
+    """Returns the layout of pieces with these sizes, cached."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -170,6 +162,6 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Returns the numbers as int64 on the device. The host does not wait, because it copies from page-locked memory."""
+    """Returns the numbers as int64 on the device, copied from page-locked memory without waiting."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

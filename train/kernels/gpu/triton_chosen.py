@@ -1,12 +1,10 @@
 """Triton kernels of attention over chosen keys. train/model/chosen_attention.py has the formulas.
 
-Each program gathers latents of one query's keys into shared memory and multiplies them there. So gathered latents
-are never in global memory, only the attention probabilities of a block of queries. One kernel for scores and sums of
-latents would avoid even this, but spills registers on Hopper.
+Each program gathers latents of one query's keys into shared memory and multiplies them there. So gathered latents are
+never in global memory, only the attention probabilities of a block of queries.
 
-Operands of matmuls are in the dtype of the queries. Sums are in fp32, and one program computes each sum.
-
-The module needs triton and is imported only where its kernels run.
+Operands of matmuls are in the dtype of the queries. Sums are in fp32, and one program computes each sum. The module
+needs triton.
 
 Shapes as in train/kernels/plain/plain_chosen.py; W weights of each key: one for each head, in backward two.
 """
@@ -23,7 +21,7 @@ from parallel.triton_types import constexpr, power_of_2_from, quick, with_option
 
 @triton.jit
 def _rows(ptr, row, real, rank: constexpr, width: constexpr, R: constexpr, E: constexpr):
-    """Loads the latent part and the rope part of rows, padded; 0 for rows that are not `real`."""
+    """Loads the latent part and the rope part of rows; 0 for rows that are not `real`."""
     c, e, at = tl.arange(0, R)[None, :], tl.arange(0, E)[None, :], ptr + row[:, None] * width
     latent = tl.load(at + c, real[:, None] & (c < rank), 0.0)
     return latent, tl.load(at + rank + e, real[:, None] & (e < width - rank), 0.0)
@@ -155,10 +153,7 @@ def sum_latents(weights_CKW: Tensor, latents_SX: Tensor, chosen_CK: Tensor, out_
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], heads: int, numbers: tuple, constants: tuple, rank: int, block: int
 ) -> None:
-    """Launches a kernel.
-
-    block: largest number of heads in a block. Hopper's tensor cores multiply 64 rows (heads or keys) at a time.
-    """
+    """Launches a kernel. block: largest number of heads in a block; Hopper multiplies 64 rows at a time."""
     (queries, keys), (positions, width) = tensors[2].shape, tensors[1].shape
     large = tensors[0].dtype != torch.bfloat16 or rank > 512  # rows of which 64 do not fit into shared memory twice
     assert positions * width < 2**31, "places of latents are 32 bits wide"

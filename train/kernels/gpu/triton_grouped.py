@@ -1,10 +1,8 @@
 """Computes the gradient of the experts' weights on a GPU, and sums it in fp32 over the micro-batches.
 
 torch's grouped GEMM only writes bf16. Here each program computes one tile of one expert's gradient in a loop over the
-expert's rows, and adds it to the sum. It reads the end of the rows on the device, so the host does not wait for row
-counts.
-
-The module needs triton and is imported only where its kernel runs.
+expert's rows, and adds it to the sum. It reads the end of the rows on the device, so the host does not wait. The module
+needs triton.
 
 Shape suffixes: R rows sorted by expert, E experts, I inputs and O outputs of the matmul.
 """
@@ -19,7 +17,7 @@ from parallel.triton_types import constexpr, quick, with_options
 TILE_O, TILE_I, STEP_R = 128, 128, 64
 """Height and width of a tile, and rows that a program reads at a time."""
 NEIGHBOURS = 8
-"""Number of adjacent tiles along O that programs compute before the next tile along I, to keep operands cached."""
+"""Adjacent tiles along O before the next tile along I, to keep operands cached."""
 
 
 @quick
@@ -61,7 +59,7 @@ def _gradient_kernel(
 def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, into_EOI: Tensor | None) -> Tensor:
     """Returns grad^T x over the rows of each expert, fp32 (E, O, I), added to into_EOI if given.
 
-    ends_E: end of each expert's rows, int32 (E,). Rows after the last end are ignored.
+    ends_E: end of each expert's rows, int32 (E,). Later rows are ignored.
     """
     grad_RO, x_RI = grad_RO.contiguous(), x_RI.contiguous()
     experts, outputs, inputs = len(ends_E), grad_RO.shape[1], x_RI.shape[1]

@@ -1,8 +1,7 @@
 """Computes the scores of an indexer on a GPU with a Triton kernel. train/model/indexer.py has the formula.
 
-Each program computes one tile of queries and keys, for all heads, so the products of the heads stay in registers.
-
-The module needs triton and is imported only where its kernel runs.
+Each program computes one tile of queries and keys, for all heads, so the products of the heads stay in registers. The
+module needs triton.
 
 Shapes as in train/model/indexer.py; C queries of a block.
 """

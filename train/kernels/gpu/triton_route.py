@@ -3,11 +3,11 @@
 The results differ from train/kernels/plain/routing.py only in the order of sums over experts and tokens.
 
     forward     scores, choice, gate values; and for each block of tokens the sums that the router's counters need
-    finish      adds these sums to the router's counters, in the order of the tokens: no atomic addition, so runs are repeatable
+    finish      adds these sums to the router's counters, in the order of the tokens: no atomic addition
     backward    the gradient of the logits
 
-The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in
-train/kernels/plain/routing.py; EXPERTS, GROUPS and CHOSEN are E, G and K rounded up to powers of two.
+The module needs triton. Shapes as in train/kernels/plain/routing.py; EXPERTS, GROUPS and CHOSEN are E, G and K rounded
+up to powers of two.
 """
 
 import triton
@@ -20,13 +20,12 @@ from train.model.operations import RouterCounters, RoutingRule
 ROUTE_TOKENS = 8
 """Number of tokens of one sequence that a program processes."""
 SUM_BLOCKS = 16
-"""Number of token blocks whose sums one iteration of the loop adds."""
+"""Token blocks whose sums one iteration of the loop adds."""
 
 
 @triton.jit
 def _largest(values, last: constexpr):
-    """Returns the index of the largest value along the last axis. If values are equal, the lower index wins. With NaN,
-    the index is at most `last`."""
+    """Returns the index of the largest value along the last axis (at most `last`), the lowest of equal values."""
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
 
@@ -35,8 +34,7 @@ def _open_groups(
     biased, expert, per_group,
     GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr, GROUPS: constexpr,
 ):  # fmt: skip
-    """Returns for each expert whether its group is one of the top_groups with the largest sums of group_top_k
-    scores."""
+    """Returns whether each expert's group is one of the top_groups, by the sum of its group_top_k best scores."""
     tokens: constexpr = biased.shape[0]
     group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
     sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)
@@ -64,10 +62,7 @@ def _route_kernel(
     given: constexpr, counted: constexpr, balanced: constexpr,
     EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """Computes scores, choice and gate values of ROUTE_TOKENS tokens.
-
-    given: whether the experts' ids are an input.
-    """
+    """Computes scores, choice and gate values of ROUTE_TOKENS tokens. given: whether the ids are an input."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -153,10 +148,7 @@ def _backward_kernel(
     E: constexpr, K: constexpr, balanced: constexpr,
     EXPERTS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """Computes the gradient of the logits.
-
-    weight: weight of the balance loss, divided by the number of tokens.
-    """
+    """Computes the gradient of the logits. weight: weight of the balance loss per token."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -192,9 +184,8 @@ def route(
     """Run the forward kernel.
 
     made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input.
-    sums: three tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens; None if nothing is counted.
-        They are each expert's number of tokens, its normalised scores, and how often its unbiased score is among the
-        largest.
+    sums: three tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens, or None: each expert's number
+        of tokens, its normalised scores, and how often its unbiased score is among the largest.
     """
     B, T, E = logits_BTE.shape
     _route_kernel[(-(-T // ROUTE_TOKENS), B)](
@@ -213,8 +204,7 @@ def finish_route(
     weight: float,
     added: bool,
 ) -> None:
-    """Add up the sums of all blocks. With a balance loss, also compute how often each expert has one of the largest
-    scores.
+    """Add up the sums of all blocks; with a balance loss, also the experts' counts among the largest scores.
 
     added: whether to add the totals to the router's counters.
     """
@@ -232,10 +222,7 @@ def route_backward(
     rule: RoutingRule,
     weight: float,
 ) -> None:
-    """Run the backward kernel.
-
-    kept: scores, ids, gates, factor, total and frequency.
-    """
+    """Run the backward kernel. kept: scores, ids, gates, factor, total, frequency."""
     B, T, E = dlogits_BTE.shape
     _backward_kernel[(-(-T // ROUTE_TOKENS), B)](
         grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),

@@ -1,13 +1,9 @@
 """Computes SwiGLU and the split into heads on a GPU with Triton kernels, each in one pass over memory.
 
-The arithmetic is in fp32, and only the result is rounded, as in train/kernels/plain/plain_kernels.py. Differences come
-from the last bit of exp, the order of the sum over heads, and fused multiply-adds.
+The arithmetic is in fp32, and only the result is rounded. Differences to train/kernels/plain/plain_kernels.py come from
+the last bit of exp, the order of the sum over heads, and fused multiply-adds.
 
-liger-kernel's SwiGLU is not used: it has no gate value, and overwrites the saved [gate | up]. torch.compile is not
-used: it would recompile for each row count of the experts.
-
-The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates
-the outputs. Shapes as in train/model/operations.py.
+The module needs triton; train/kernels/gpu/fused_rows.py allocates the outputs. Shapes as in train/model/operations.py.
 """
 
 import triton
@@ -17,11 +13,11 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
-"""Rows and columns that a SwiGLU program processes at a time. A thread loads 128 bits."""
+"""Rows and columns that a SwiGLU program processes at a time, 128 bits per thread."""
 HEAD_POSITIONS = 16
-"""Number of positions that a program of `heads` processes, for one head."""
+"""Positions that a program of `heads` processes, for one head."""
 BACKWARD_TOKENS = 8
-"""Number of positions that a program of `heads_backward` processes, for all heads."""
+"""Positions that a program of `heads_backward` processes, for all heads."""
 
 
 @quick
@@ -79,7 +75,7 @@ def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: 
 
 @triton.jit
 def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """Multiply a block's adjacent pairs by the complex table, or if `back` by its conjugate; fp32."""
+    """Multiply adjacent pairs by the complex table, or if `back` by its conjugate; fp32."""
     rows: constexpr = pairs.shape[0]
     real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
     table = tl.load(table_ptr + table_place, table_there, 0.0)
@@ -99,7 +95,7 @@ def _heads_kernel(
 ):  # fmt: skip
     """Processes HEAD_POSITIONS positions of one head.
 
-    q_ptr: the queries' rope part, rotated in place. Its rows are nope + rope elements apart.
+    q_ptr: the queries' rope part, rotated in place, in rows of nope + rope elements.
     """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
@@ -126,8 +122,7 @@ def _heads_backward_kernel(
     nope: constexpr, rope: constexpr, value: constexpr,
     NOPE: constexpr, ROPE: constexpr, VALUE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """Processes all heads of HEAD_POSITIONS positions, and sums the shared rope key's gradient over the heads in
-    order."""
+    """Processes all heads of some positions, and sums the shared rope key's gradient over the heads in order."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     places = tokens[:, None].to(tl.int64)
@@ -155,7 +150,7 @@ def _heads_backward_kernel(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
-    """Writes silu(gate) * up to out_NF, times the row's gate value if gates_N is given. All tensors are contiguous."""
+    """Writes silu(gate) * up to out_NF, times each row's gate value if given. All tensors are contiguous."""
     rows, width = out_NF.shape
     gates = h_N2F if gates_N is None else gates_N
     grid = -(-rows // SWIGLU_ROWS), -(-width // SWIGLU_COLUMNS)
@@ -197,7 +192,7 @@ def heads_backward(
     dkv_BTHX: Tensor,
     dk_rope_BTR: Tensor,
 ) -> None:
-    """Writes the gradients of q, kv and the rope key. The given gradients have a contiguous last axis."""
+    """Writes the gradients of q, kv and the rope key, from gradients with a contiguous last axis."""
     B, H, T, Q = dq_BHTQ.shape
     sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
     nope, rope, value = map(power_of_2_from, sizes)

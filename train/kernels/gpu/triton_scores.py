@@ -1,9 +1,7 @@
 """Computes the largest score of each query on a GPU with a Triton kernel.
 
-Attention kernels return only the log-sum-exp, which is never less than the largest score. If all log-sum-exps of a
-block of queries are at most a limit, this kernel returns them instead. Then it reads only one number for each query.
-
-The module needs triton and is imported only where its kernel runs.
+Attention kernels return only the log-sum-exp, which is never less than the largest score. If a block's log-sum-exps are
+all at most a limit, this kernel returns them instead, without reading queries and keys. The module needs triton.
 
 Shapes: B sequences, H heads, T queries, S keys, Q qk width; M queries and N keys of a block, D columns at a time.
 """
@@ -26,7 +24,7 @@ def _largest_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, seen_b, heads, queries, scale, limit,
     Q: constexpr, M: constexpr, N: constexpr, D: constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)  # with 87,382 positions or more, offsets in q and k exceed 32 bits
+    row = tl.program_id(1).to(tl.int64)  # from 87,382 positions on, offsets in q and k exceed 32 bits
     sequence, head = row // heads, row % heads
     query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     real = query < queries
@@ -62,7 +60,7 @@ def _largest_kernel(
 def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tensor:
     """Returns the largest scaled score of each query: (B, H, T), fp32.
 
-    If all log-sum-exps of a block of queries are at most `limit`, returns these log-sum-exps instead.
+    If all log-sum-exps of a block of queries are at most `limit`, they are returned instead.
     """
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:2])
     batch, heads, queries, width = q.shape

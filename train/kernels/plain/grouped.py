@@ -1,11 +1,10 @@
-"""Grouped matmuls: each row is multiplied by the weight of its expert. A function gets either the number of rows of
-each expert (bf16 on a CPU) or the end of each expert's rows.
+"""Grouped matmuls: each row is multiplied by the weight of its expert.
 
-oneDNN compiles a kernel for every new shape, which takes about 0.4 ms. So row counts are rounded up to a multiple of
-`expert_rows` (conf/thresholds.py). A matmul by rows also processes some rows of the next expert, whose matmul then
-overwrites the results. For a sum over rows, zeros pad the rows.
+Functions with `rows`, the number of rows of each expert, are for bf16 on a CPU. oneDNN compiles a kernel for every new
+shape, in about 0.4 ms. So row counts are rounded up to a multiple of `expert_rows` (conf/thresholds.py). A matmul by
+rows also processes some rows of the next expert, whose matmul then overwrites the results.
 
-In fp32 and on a GPU, torch's grouped matmul reads the end of each expert's rows, int32 (E,).
+Functions with `ends_E`, the end of each expert's rows (int32), use torch's grouped matmul.
 
 Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a matmul.
 """
@@ -21,10 +20,7 @@ from conf.thresholds import THRESHOLDS
 
 
 def matmul(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
-    """Multiplies each row by its expert's weight: (R, O).
-
-    rows: number of rows of each expert.
-    """
+    """Multiplies each row by its expert's weight: (R, O)."""
     R = len(x_RI)
     out_RO = x_RI.new_empty(R, weight_EIO.size(2))
     for weight_IO, start, end in _parts(weight_EIO, rows):
@@ -38,10 +34,7 @@ def matmul(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns grad^T x over each expert's rows: (E, O, I).
-
-    rows: number of rows of each expert.
-    """
+    """Returns grad^T x over each expert's rows: (E, O, I)."""
     dweight_EOI = x_RI.new_zeros(len(rows), grad_RO.size(1), x_RI.size(1))
     most = _rounded(max(rows))
     grad_PO, x_PI = grad_RO.new_empty(most, grad_RO.size(1)), x_RI.new_empty(most, x_RI.size(1))
@@ -55,37 +48,26 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tenso
 
 
 def ends_of(counts_E: Tensor) -> Tensor:
-    """Returns the end of each expert's rows, int32.
-
-    counts_E: number of rows of each expert.
-    """
+    """Returns the end of each expert's rows, int32."""
     return counts_E.cumsum(0).to(torch.int32)
 
 
 def matmul_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiplies each row by its expert's weight: (R, O).
-
-    ends_E: end of each expert's rows.
-    """
-    if (
-        len(x_RI) == 0 or x_RI.is_meta
-    ):  # torch's CUDA kernel refuses empty input, which a rank may get; on meta it supports only bf16
+    """Multiplies each row by its expert's weight: (R, O)."""
+    if len(x_RI) == 0 or x_RI.is_meta:  # on CUDA, torch refuses empty input; on meta, it needs bf16
         return x_RI.new_empty(len(x_RI), weight_EIO.shape[2])
     return F.grouped_mm(x_RI, weight_EIO, offs=ends_E)
 
 
 def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-    """Returns grad^T x over each expert's rows: (E, O, I).
-
-    ends_E: end of each expert's rows.
-    """
+    """Returns grad^T x over each expert's rows: (E, O, I)."""
     if len(x_RI) == 0 or x_RI.is_meta:
         return x_RI.new_zeros(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
     return F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E)
 
 
 def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:
-    """Yields, for each expert with rows, its matrix in `by_expert` and its rows' start and end."""
+    """Yields, for each expert with rows, its matrix and its rows' start and end."""
     ends = list(itertools.accumulate(rows))
     for one, count, end in zip(by_expert, rows, ends, strict=True):
         if count:

@@ -1,5 +1,4 @@
-"""Splits queries, keys and values into heads in torch operations, rotates the rope parts, and moves heads before
-positions.
+"""Splits queries, keys and values into heads in torch, rotates the rope parts, and moves heads before positions.
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """

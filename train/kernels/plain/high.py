@@ -1,5 +1,4 @@
-"""Computes the model's matmuls in fp32 or bf16 with `Kernels` (train/model/operations.py). bf16 matmuls accumulate in
-fp32.
+"""Computes the model's matmuls in fp32, or in bf16 with fp32 sums, with `Kernels` (train/model/operations.py).
 
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
 """
@@ -16,7 +15,7 @@ from train.model.weight_gradient import GroupedMatmul
 
 
 class HighPrecision:
-    """Implements `LayerPrecision` with operands in `dtype`, torch.float32 or torch.bfloat16.
+    """`LayerPrecision` with operands in `dtype`, torch.float32 or torch.bfloat16.
 
     recompute_swiglu: whether backward recomputes the experts' SwiGLU output.
     """

@@ -1,4 +1,4 @@
-"""Implements attention in torch operations on any device, as the reference of all other cores.
+"""Attention in torch operations on any device, the reference of all other cores.
 
 train/model/attention.py has the formulas. One matmul processes a block of queries and all keys that they see, so memory
 grows linearly with the sequence length. All arithmetic is in fp32.
@@ -55,10 +55,9 @@ class PlainAttention(AttentionCore):
 
 
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Yields blocks: rows of the batched matmul, positions of queries, positions of keys, and the mask (C, S).
+    """Yields blocks: rows of the batched matmul, positions of queries and of keys, and the mask (C, S).
 
-    A block has every key that at least one of its queries sees. The mask is added to the scores: -inf where a query
-    does not see a key, else 0.
+    A block has every key that one of its queries sees. The mask is added to the scores: -inf for unseen keys, else 0.
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):
@@ -71,13 +70,10 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
 def query_blocks(
     seen: SeenKeys, length: int, batch: int, device: torch.device
 ) -> Iterator[tuple[range, slice, slice, Tensor]]:
-    """Yields blocks of queries: the sequences, the positions of the queries, the positions of the keys, and the mask
-    (C, S).
+    """Yields blocks of queries that see the same keys, up to a diagonal: the sequences, the positions of queries and of
+    keys, and the mask (C, S). length: number of keys.
 
-    The queries of a block see the same keys, up to a diagonal. The mask is added to the scores: -inf where a query does
-    not see a key, else 0.
-
-    length: number of keys.
+    The mask is added to the scores: -inf where a query does not see a key, else 0.
     """
     most = THRESHOLDS.attention_queries
     bias = torch.full((most, most), -torch.inf, device=device).triu_(1)

@@ -1,4 +1,4 @@
-"""Attention over chosen keys, and the indexer loss over them, in torch operations on any device, as the reference.
+"""Attention over chosen keys, and the indexer loss over them, in torch operations on any device: the reference.
 
 train/model/chosen_attention.py has the formulas. One matmul applies W_UK or W_UV to a block of queries. The gathered
 latents are the largest tensor, so they are gathered for a part of the block at a time. All arithmetic is in fp32.
@@ -17,7 +17,7 @@ from train.model.indexer import IndexLoss, IndexVectors
 
 
 class PlainChosen:
-    """Computes attention over chosen keys, forward and backward. Subclasses replace the computation of a block."""
+    """Attention over chosen keys. Subclasses replace the computation of a block."""
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype of matmul operands. dtype: the queries' dtype."""
@@ -105,7 +105,7 @@ class PlainChosen:
 
         du_CHR: gradient of the weighted sums.
         mean_CH: scalar product of du and the weighted sums.
-        dlatents_SX: receives the gradients of the latents, by addition.
+        dlatents_SX: the gradients of the latents are added to it.
         """
         rank, dq, out = du_CHR.size(-1), torch.empty_like(q_CHX), torch.empty_like(du_CHR)
         for some in _some(chosen_CK, q_CHX):
@@ -127,23 +127,22 @@ def absorbed(q_CHQ: Tensor, w_uk_HPR: Tensor, nope: int) -> Tensor:
 
 
 def gathered(rows_SX: Tensor, chosen_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows (index -1), which have the first row's
-    values."""
+    """Returns the chosen rows (C, K, X) and a mask (C, 1, K) of missing keys (index -1)."""
     rows_CKX = rows_SX.index_select(0, chosen_CK.flatten().clamp(min=0)).view(*chosen_CK.shape, -1)
     return rows_CKX, (chosen_CK < 0).unsqueeze(1)
 
 
 def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
-    """Yields every block of queries: index of the sequence, slice of queries."""
+    """Yields blocks of queries: index of the sequence, slice of queries."""
     for b in range(batch):
         for first in range(0, length, THRESHOLDS.attention_queries):
             yield b, slice(first, min(first + THRESHOLDS.attention_queries, length))
 
 
 def _some(chosen_CK: Tensor, q_CHX: Tensor, elements: int | None = None) -> Iterator[slice]:
-    """Yields slices of queries whose chosen keys are gathered together.
+    """Yields slices of queries whose keys are gathered together.
 
-    elements: largest number of elements of gathered rows and scores; None: the default for a CPU.
+    elements: maximum number of gathered elements and scores; None: the default for a CPU.
     """
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
     size = max(1, (elements or THRESHOLDS.attention_scores) // (keys * (width + heads)))

@@ -1,7 +1,6 @@
 """The key choice and the loss of an indexer in torch operations on any device (formulas: train/model/indexer.py).
 
-The functions process one block of queries with all visible keys, a few heads at a time. So they need memory only for
-the results and one block.
+The functions process one block of queries with all visible keys, a few heads at a time, to save memory.
 
 Shapes as in train/model/indexer.py; C queries of a block.
 """
@@ -31,8 +30,7 @@ def choose_keys(
 ) -> Tensor:
     """Implements `train.model.operations.Kernels.choose_keys`.
 
-    scores_of: computes the scores of a block of queries.
-    best_keys: chooses the keys with the largest scores.
+    scores_of: computes a block's scores. best_keys: chooses the largest.
     """
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]

@@ -1,9 +1,7 @@
 """The operations of the layers (train/model/operations.py) in torch: the reference in tests.
 
-Subclasses replace some methods: train/kernels/cpu/compiled_kernels.py (bf16 on a CPU) and
-train/kernels/gpu/fused_kernels.py (GPU).
-
-Shapes as in train/model/operations.py.
+Subclasses: train/kernels/cpu/compiled_kernels.py (bf16 on a CPU) and train/kernels/gpu/fused_kernels.py (GPU). Shapes
+as in train/model/operations.py.
 """
 
 import itertools
@@ -35,7 +33,7 @@ class PlainKernels(Kernels):
     chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """Returns the number of rows to process at a time. They have at most `elements` elements, to fit a cache."""
+        """Returns the number of rows to process at a time: at most `elements` elements, to fit a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,7 +47,7 @@ class PlainKernels(Kernels):
         x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
         rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
-        # Both sums over x * grad are matrix-vector products. Each product reads memory once.
+        # Both sums over x * grad are matrix-vector products, which read memory once.
         dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1)) if weight_needed else None
         if not x_needed:
             return None, dweight_D
@@ -93,7 +91,7 @@ class PlainKernels(Kernels):
         return choose_keys(index, seen, top_k, self.best_keys, self.index_scores)
 
     def index_scores(self, q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
-        """Returns the scores I of one sequence's block of queries, fp32 (C, S)."""
+        """Returns a block's scores I, fp32 (C, S)."""
         return block_scores(q_CHI, k_SI, w_CH)
 
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:

@@ -13,13 +13,12 @@ from train.model.sequence import Positions
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Returns the indices of the k largest values of the last axis, largest first. If values are equal, the lower index
-    wins."""
+    """Returns the indices of the k largest values of the last axis, largest first, the lower of equal values first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
-    """Chooses the experts with the largest biased scores, in the allowed groups. Returns ids (B, T, K)."""
+    """Chooses the experts with the largest biased scores in the allowed groups: ids (B, T, K)."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
         best = grouped_BTGX.topk(rule.group_top_k, dim=-1).values
@@ -48,17 +47,16 @@ class _Whole:
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
         """Returns the frequency f of equation 18, (N, E).
 
-        best_NE: number of positions at which each expert has one of the top_k largest scores.
+        best_NE: positions at which each expert has one of the top_k largest scores.
         """
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """Returns this rank's part of P in equation 20, (N, E): sum of each expert's normalised scores / number of all
-        positions."""
+        """Returns this rank's part of P in equation 20, (N, E): each expert's sum of normalised scores / positions."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """Returns the frequency f, multiplied by the weight of each position: (B, 1 or T, E).
+        """Returns the frequency f times the weight of each position: (B, 1 or T, E).
 
         The weight is 1 in a sample of `length` positions.
         """
@@ -125,8 +123,8 @@ class Route(Function):
                     balance_loss += balance_weight * (frequency_NE * share_NE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_BXE, total_BT1)
         ctx.route_scale, ctx.softmax = rule.route_scale, rule.softmax
-        # The gradients of ranks that share sequences are averaged, but each rank has only a part of the loss. So the
-        # weight is multiplied by the number of ranks.
+        # Each rank that shares sequences has only a part of the loss, but gradients are averaged. So the weight is
+        # multiplied by the number of these ranks.
         ctx.balance_weight = balance_weight * (1 if share is None else share.parts) / (batch * max(length, 1))
         ctx.mark_non_differentiable(ids_BTK)
         return gates_BTK, ids_BTK
