@@ -1,1 +1,3 @@
-"""Starts and watches processes: on this machine, under torchrun, or on the nodes of a Ray cluster. Imports no torch."""
+"""Starts and watches processes: on this machine, under torchrun, or on the nodes of a Ray cluster. Imports no torch and
+no train.
+"""

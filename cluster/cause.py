@@ -31,7 +31,7 @@ from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 from conf.words import steps_in_words
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes that prove that a rank is no victim; SIGABRT does not."""
+"""Exit codes that prove that a rank is no victim. Libraries raise SIGABRT when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """Text of torch before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10

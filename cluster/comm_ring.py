@@ -351,7 +351,7 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
 
 
 def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
-    """Return the process ids, by rank, that write these rings now: this user's processes on this host."""
+    """Return the ids, by rank, of this user's processes on this host that write these rings now."""
     return {
         rank: trace.pid
         for rank, trace in traces.items()

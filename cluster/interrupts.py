@@ -2,8 +2,6 @@
 
 During the command's imports, Ctrl-C ends it at once. Later, the first Ctrl-C raises KeyboardInterrupt, so that
 resources are closed. The second Ctrl-C ends the process and damages no file.
-
-Python would lose a KeyboardInterrupt during an import or a destructor, so it is raised again shortly afterwards.
 """
 
 import atexit

@@ -1,8 +1,7 @@
 """Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
-Run it on the node before maintenance, as a pod's preStop hook, or when a cloud provider takes the machine back. The run
-writes a checkpoint at once and continues without the node. The command returns when the node has no raylet (Ray's
-process on a node), or after SECONDS.
+Run it before maintenance, or as a pod's preStop hook. The run writes a checkpoint at once and continues without the
+node. The command returns when the node has no raylet (Ray's process on a node), or after SECONDS.
 """
 
 import argparse

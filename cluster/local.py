@@ -261,7 +261,7 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
 
 
 def _wait(ranks: list[Child], seconds: float) -> None:
-    """Wait at most `seconds` until all ranks have ended, without this process's delays."""
+    """Wait at most `seconds` until all ranks have ended. Delays of this process do not count."""
     now = time.monotonic()
     ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
     while now < ends and any(rank.poll() is None for rank in ranks):

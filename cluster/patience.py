@@ -63,7 +63,7 @@ class Patience:
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:
-        """Set the number of sequences in each later step. Growth scales the known step times."""
+        """Set the number of sequences in each later step. If it grows, the known step times are scaled up."""
         if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)

@@ -152,7 +152,7 @@ class RankWatch:
         return self.seconds_left(now) < 0
 
     def seconds_left(self, now: float) -> float:
-        """Return the seconds until the run is ended without progress."""
+        """Return the seconds until the run is ended if no rank makes progress."""
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:

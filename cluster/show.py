@@ -16,7 +16,7 @@ from conf.words import say
 
 
 def nodes_of(text: str) -> list[Node]:
-    """Return the nodes of a hypothetical cluster. Raises UserError for other texts."""
+    """Return the nodes of a hypothetical cluster. Raises UserError unless the text is NODESxDEVICES[/RACK]."""
     match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
     if match is None:
         raise UserError("nodes", text, "must be NODESxDEVICES or NODESxDEVICES/NODES_PER_RACK", "for example 256x8/32")

@@ -152,7 +152,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds in which a process's main thread waited for a core, or 0."""
+    """Return the seconds in which a process's main thread waited for a core; 0 if unknown."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

@@ -3,15 +3,15 @@
 The ranks of an expert group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE layer. So a
 group uses few nodes, in one rack if possible. The steps:
 
-    1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each, inside racks
-       first. A node has devices // ep slots. If a group does not fit on a node, a slot is ep / g nodes with g ranks
-       each, for the largest divisor g of ep that the nodes can hold.
+    1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each, if possible
+       inside one rack. A node has devices // ep slots. If a group does not fit on a node, a slot is ep / g nodes with
+       g ranks each, for the largest divisor g of ep that the nodes can hold.
     2. A block is one expert group of every stage, in consecutive slots. Slot i is stage i % pp of block i // pp. A
        lost device costs at most one block (see cluster/driver/shapes.py).
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
-       from the same rack if possible. If more groups would then span several racks than in a new placement (steps 1
-       to 3), the new placement is used.
+       from the same rack if possible. A new placement (steps 1 to 3) is used if fewer of its groups span several
+       racks.
 
 All nodes of an expert group hold the same number of its ranks, as the two-hop dispatcher requires.
 """

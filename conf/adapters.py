@@ -33,9 +33,9 @@ class LoraNames(NamedTuple):
     """Names of LoRA A and B of one adapted matrix."""
 
     a: str
-    """Name of A, (rank, inputs); stacked experts: (local experts, rank, inputs)."""
+    """Name of A, of shape (rank, inputs); for stacked experts, (local experts, rank, inputs)."""
     b: str
-    """Name of B, (outputs, rank); stacked experts: (local experts, outputs, rank)."""
+    """Name of B, of shape (outputs, rank); for stacked experts, (local experts, outputs, rank)."""
 
 
 def target_of(base: str) -> str | None:

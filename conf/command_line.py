@@ -1,8 +1,7 @@
 """Explains an invalid command line: the wrong argument, the rule that it breaks, and one fix.
 
-Flags and deletions of keys are checked before Hydra runs, because Hydra exits at an unknown flag. For other arguments,
-Hydra's error names the argument or the key, and the schema gives types, choices and similar keys. conf/check.py checks
-bounds and rules over several fields.
+Flags and deletions of keys are checked before Hydra runs, because Hydra exits at an unknown flag. Other explanations
+use Hydra's error and the schema. conf/check.py checks bounds and rules over several fields.
 """
 
 import difflib
@@ -173,7 +172,7 @@ def settings_in(words: Sequence[str]) -> list[str]:
 
 
 def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return the option names of each group. own: the user's folders."""
+    """Return the option names of each group. own: folders with user recipes."""
     files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
     groups: dict[str, list[str]] = {}
     for file in files:

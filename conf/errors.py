@@ -55,7 +55,8 @@ class StopInterrupt(KeyboardInterrupt):
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error and its causes, the outermost first. contexts: whether to follow `__context__`, too."""
+    """Yield an error and its causes, the outermost first. contexts: whether to follow `__context__` if there is no
+    cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -186,7 +186,7 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
 # All code reads the user's JSON files with the functions below, so that wrong content never causes a traceback.
 
 LARGEST_FILE = 128 << 20
-"""Maximum bytes of a file; large tokenizers have 40 MB."""
+"""Maximum bytes of a user's JSON file; large tokenizers have 40 MB."""
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
@@ -204,7 +204,7 @@ def read_json(path: Path, field: str, cure: str, kind: type = dict, value: objec
 
 
 def read_plain_text(path: Path) -> str:
-    """Return the text of a plain file. Raises ValueError for the user."""
+    """Return the text of a plain file. Raises ValueError with a message for the user."""
     try:
         if not path.is_file():
             raise ValueError("it is not a plain file" if path.exists() else "no such file")
@@ -218,7 +218,7 @@ def read_plain_text(path: Path) -> str:
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
-    """Return the JSON value in a text. Raises ValueError for the user unless its type is `kind`."""
+    """Return the JSON value in a text. Raises ValueError, with a message for the user, unless its type is `kind`."""
     try:
         body = json.loads(text)
     except RecursionError:

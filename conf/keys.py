@@ -70,7 +70,7 @@ class SchemaField:
     section: type | None
     """Section class in the field's type; None if there is none."""
     mark: str
-    """Placeholder in the paths of a list or mapping of sections."""
+    """Placeholder in the paths of a list or mapping of sections; else empty."""
     meaning: str
     expert: bool
     default: Any
@@ -142,7 +142,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """Return the type without `| None`, and whether it had this."""
+    """Return the type without `| None`, and whether it accepted None."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True

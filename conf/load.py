@@ -184,7 +184,7 @@ def _setting_of(run: Path, key: str) -> Any:
 
 
 def read_config(path: str) -> Config:
-    """Return the configuration of a run folder. Raises UserError for function calls."""
+    """Return the configuration of a run folder. Raises UserError if the file calls a function."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)

@@ -35,7 +35,7 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return rank 0's number of micro-batches in a full batch, the largest."""
+    """Return rank 0's number of micro-batches in a full batch, the largest of all ranks."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
@@ -69,8 +69,8 @@ def choose_micro_batch_size(config: Config) -> int:
 
 
 def check_batch(config: Config) -> None:
-    """Raise UserError unless all data-parallel ranks (parallel.uneven: all ranks of an expert group) have equally many
-    micro-batches."""
+    """Raise UserError unless all data-parallel ranks have equally many micro-batches. With parallel.uneven, only the
+    ranks of an expert group need equal numbers."""
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:
         return

@@ -19,7 +19,7 @@ it."""
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """State besides fp32 master weights, formula and weight decay of one group of weights."""
+    """Update of one group of weights: formula, weight decay, and state besides fp32 master weights."""
 
     name: str
     """Name of the parameter group that this rule updates."""

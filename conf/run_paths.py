@@ -15,7 +15,7 @@ class RunPaths:
         self.rank_lock = self.path / ".rank_0.lock"
         self.checkpoints = self.path / "checkpoints"
         self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
-        """Folder of the logs; with cluster=ray, the agent's scratch folder SLUICE_LOGS."""
+        """Folder of the logs. With cluster=ray, SLUICE_LOGS names the agent's scratch folder."""
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self.wandb = self.path / "wandb"

@@ -3,8 +3,7 @@
     python -m train mode=evaluate name=mine data.path=OTHER
 
 Settings such as model, precision, seq_len and tokenizer come from the run's config.yaml. The command line overrides
-them, and alone sets the layout (parallel, cluster). If the user types conf=RECIPE, or if there is no run, the composed
-configuration is used unchanged.
+them, and alone sets the layout (parallel, cluster). If the user types conf=RECIPE, the run's settings are not used.
 
 A config.yaml may read data of this machine (conf/yaml_file.py) or name code (conf/own_code.py) only with trust=true.
 """

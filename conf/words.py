@@ -1,8 +1,7 @@
 """Sanitises displayed text. Some of it comes from untrusted files: keys of JSONL, file names, fields of a config.json.
 
-An escape sequence could send input to the shell, an override of the writing direction could disguise a command, and a
-line end could forge a log line. All output goes through `say`, or through a console of conf/screen.py. Text inside a
-sentence goes through `sentence`; errors call it themselves.
+An escape sequence could send input to the shell, and a line end could forge a log line. All output goes through `say`,
+or through a console of conf/screen.py. Text inside a sentence goes through `sentence`; errors call it themselves.
 """
 
 import re
@@ -15,7 +14,7 @@ from typing import TextIO
 
 
 def harmless(text: str) -> str:
-    """Return the text with visible escapes for invisible characters."""
+    """Return the text with visible escapes for invisible characters except tabs and line ends."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _shown(c) for c in text)

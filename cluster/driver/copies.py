@@ -1,7 +1,6 @@
 """The driver's record of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
 
-Agents report their copies with every answer. Before an attempt starts, the driver writes attempts/NUMBER.memory.json
-for its ranks. This file contains:
+Before an attempt starts, the driver writes attempts/NUMBER.memory.json for its ranks. This file contains:
 
     - where each node stores copies, and which other node stores the second copy of the node's parts
     - the newest set of copies (all from one step) that is complete on the answering nodes, if there is one

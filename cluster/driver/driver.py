@@ -42,7 +42,7 @@ from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
-"""Minimum seconds that an agent waits for news before it answers; maximum for rank 0's agent."""
+"""Seconds that rank 0's agent waits for news before it answers; other agents wait at least as long."""
 ANSWERS = 150
 """Maximum answers per second from all agents together. With more agents, each waits longer for news."""
 LONGEST_PATIENCE = 30.0

@@ -113,7 +113,7 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return all events in order; empty without a file. Incomplete and other lines are skipped."""
+    """Return all events in order; empty without a file. Lines that are not events are skipped."""
     path = folder / EVENTS_FILE
     events = []
     for line in read_plain(path).splitlines() if path.exists() else []:

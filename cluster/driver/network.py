@@ -1,9 +1,8 @@
-"""Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
+"""Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs. It is
+no benchmark.
 
 Each node has one partner per round. At most 63 rounds are run; with thousands of nodes fewer, but at least 7. The nodes
 run the rounds without the driver (cluster/node/network_probe.py).
-
-A short transfer over a plain socket finds bad cables and wrong interfaces; it is not a benchmark.
 """
 
 import statistics
@@ -27,7 +26,7 @@ PAIRS = 16384
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs by the circle method. A node has one partner per round."""
+    """Return rounds of pairs by the circle method. A node has at most one partner per round."""
     players = list(range(count + count % 2))
     found = []
     for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):

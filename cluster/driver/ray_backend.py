@@ -1,8 +1,8 @@
 """The Ray backend: connects to a Ray cluster or starts Ray on this machine, and runs an agent on each node as a Ray
 actor.
 
-Only this file imports ray. Ray transports the calls to agents and lists the nodes; Sluice does the rest. Each agent is
-pinned to its node, and reserves all its devices against other jobs.
+Only this file imports ray. Ray transports the calls to agents and lists the nodes. Each agent is pinned to its node,
+and reserves all its devices.
 """
 
 import collections
@@ -114,7 +114,7 @@ class RayFleet:
         self._sweeper: subprocess.Popen | None = None
         """Process that cleans up this run's own Ray when the driver is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray must copy the program to the nodes; a submitted job has it."""
+        """Whether Ray must copy the program to the nodes; for a submitted Ray job, it already has."""
         if config.cluster.address is None:
             self._start_embedded()
         else:

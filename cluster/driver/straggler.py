@@ -5,7 +5,8 @@ window is the last WINDOW_BLOCKS x BLOCK_STEPS steps, in blocks of BLOCK_STEPS s
 log(its median time / the median of its peers' median times). A rank is slow if all of these conditions hold:
 
     - The mean of its values over the blocks is at least log(`factor`).
-    - This mean is at least NOISE times the noise of one block, or NOISE x sqrt(WINDOW_BLOCKS) standard errors.
+    - This mean is at least NOISE times the noise of one block (NOISE x sqrt(WINDOW_BLOCKS) standard errors of the
+      mean).
     - Its value in every block is at least half of the mean, so that the slowness lasts.
 
 The noise of a block is the larger of two values:
@@ -28,9 +29,9 @@ NOISE = 2.0
 SPREAD = 1.4826
 """Ratio of standard deviation to median absolute deviation, for normal noise."""
 MEDIAN_ERROR = 1.2533
-"""Standard error of a median divided by that of a mean (normal noise)."""
+"""Ratio of the standard errors of a median and of a mean, for normal noise."""
 LEAST_SECONDS = 0.01
-"""Minimum seconds per step by which a rank is slower."""
+"""Minimum seconds per step by which a slow rank exceeds its peers."""
 COUNTED_SECONDS = 1e-9
 """Lower bound of a step's seconds, for a finite logarithm."""
 LONE_FACTOR = 2.0
@@ -58,7 +59,7 @@ class Stragglers:
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
         self._everyone = np.array(everyone) if len(self._lone) and len(everyone) > 1 else None
         self._steps_RW = np.ones((len(everyone), BLOCK_STEPS * WINDOW_BLOCKS))
-        """Seconds of each rank's newest steps, in column step modulo window length."""
+        """Seconds of each rank's newest steps; column: step modulo window length."""
         self._seen_R = np.zeros(len(everyone), int)
         self._filled = 0
         """Number of filled blocks, summed over all ranks."""

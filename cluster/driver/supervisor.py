@@ -6,8 +6,7 @@
         +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
         +---- stopping                        stacks; then name the cause (cluster/cause.py) and end all ranks
 
-`handle(now, event)` returns actions and performs none. Most events are only stored; decisions are made at the next
-tick. These rules hold:
+`handle(now, event)` returns actions and performs none. Decisions are made at the next tick. These rules hold:
 
     - An attempt starts only when no earlier rank is alive on an answering node. On a silent node, the agent ends the
       ranks when its lease is over (cluster/spawn.py).

@@ -3,8 +3,7 @@
 A low priority slows down the ranks. A full disk for temporary files loses output of ranks and prevents the next start.
 
 The driver orders errors by time, so this file converts each node's times to the driver's clock. It subtracts the
-seconds by which the node's clock was ahead at the check. Later times follow from a clock that nobody can set. Arrival
-times of answers are not exact enough.
+seconds by which the node's clock was ahead at the check. Later times follow from a clock that nobody can set.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class _Vitals:
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds of later clock changes, as last reported to the user, or 0."""
+    """Seconds by which the node's clock was set ahead since the check, as last reported, or 0."""
     full: bool = False
     niceness: int = 0
 

@@ -29,7 +29,7 @@ CLOCK_LIMIT = 2.0
 SCRATCH_LIMIT = 256 << 20
 """Minimum free bytes of a node for output of ranks."""
 DRIVER_LEAVES = 0.99
-"""Fraction of a GPU's memory for programs: on an H100, 81008 of 81559 MiB."""
+"""Fraction of a GPU's memory that programs can use: on an H100, 81008 of 81559 MiB."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 """Suffixes of source files. Nodes compile the C++ code."""

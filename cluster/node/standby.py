@@ -1,9 +1,8 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.node.standby MODULE
 
 Imports take most of a small rank's start, so the agent keeps a reserve process per rank. The process calls
-MODULE.preload(), if defined, and waits. To start a rank, the agent sends one line of JSON with environment, arguments
-and log, and the process calls MODULE.main(). A waiting process uses no device and no connection, and ends when its
-standard input is closed.
+MODULE.preload(), if defined, and waits for one line of JSON with environment, arguments and log. Then it calls
+MODULE.main(). It uses no device while it waits, and ends when its standard input is closed.
 """
 
 import gc
