@@ -200,7 +200,7 @@ def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
         return UserError(key, shown, f"is not accepted; {meant[0]} {meant[1]}", f"write {key}={meant[0]}")
     if choices := choices_of(kind):
         section, _, name = key.rpartition(".")
-        usual = f"use {default.value}, the default, or another value. " if default else ""
+        usual = f"use {default.value}, the default, or another value. " if default else "use one of these. "
         return wrong_choice(
             key, shown, choices, usual + attribute_meanings(type_of(section) if section else Config).get(name, "")
         )

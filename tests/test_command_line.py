@@ -160,6 +160,7 @@ MISTAKES = {
     "model.lr=1": "did you mean optim.lr=1?",
     "optimizer.lr=1": "did you mean optim.lr=1?",
     "precision=bfloat16": "write precision=bf16",
+    "mode=export export.family=llama": "use one of these. Family of the names",
     "adapter=lora.yml": "write adapter=lora",
     "~steps": "write steps=VALUE, or leave the word out",
     "~log": "write log=VALUE, or leave the word out",

@@ -108,6 +108,8 @@ def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
         (["name=nobody"], "name", "must be a run with a checkpoint"),
         (["generate.checkpoint={}/nowhere"], "generate.checkpoint", "does not exist"),
         (["generate.checkpoint={}/corpus"], "generate.checkpoint", "it has no manifest.json"),
+        (["generate.checkpoint={}/other.json"], "generate.checkpoint", "it is a file"),
+        (["generate.checkpoint={}/corpus"], "generate.checkpoint", "or a Hugging Face folder with its config.json"),
         (["data.tokenizer={}/other.json", "generate.prompt=a"], "data.tokenizer", "its fingerprint differs"),
         (["generate.temperature=-1"], "generate.temperature", "must not be negative"),
         (["generate.top_p=0"], "generate.top_p", "is a probability"),
@@ -118,7 +120,7 @@ def test_command_line_are_named(trained, overrides, field, words):
     (trained / "other.json").write_text(train_bpe(["another text altogether"], 300))
     with pytest.raises(UserError) as caught:
         say(trained, *(override.format(trained) for override in overrides))
-    assert caught.value.field == field and words in caught.value.rule
+    assert caught.value.field == field and words in f"{caught.value.rule}; {caught.value.cure}"
 
 
 def hugging_face_folder(tmp_path: Path):

@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     ours = re.fullmatch(r"step_\d{8,}", folder.name) is not None
     if not folder.is_dir():
-        raise _foreign(folder, "does not exist")
+        raise _foreign(folder, "is a file" if folder.exists() else "does not exist")
     if not path.is_file():
         raise CheckpointDamaged(path, "the file is missing") if ours else _foreign(folder, f"has no {MANIFEST}")
     try:

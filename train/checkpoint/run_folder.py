@@ -211,7 +211,10 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
     except UserError as error:
-        raise UserError(field, error.value, error.rule, "give another checkpoint or run") from error
+        cure = "give a checkpoint (runs/NAME/checkpoints/step_N) or a run (runs/NAME)"
+        if field in ("evaluate.checkpoint", "generate.checkpoint", "init_from", "score.checkpoint"):
+            cure += ", or a Hugging Face folder with its config.json"
+        raise UserError(field, error.value, error.rule, cure) from error
     if found is None:
         raise UserError(
             "name",

@@ -96,7 +96,7 @@ def needle_lines(cells: list[NeedleCell]) -> list[str]:
     depths = sorted({cell.depth for cell in cells})
     texts = cells[0].texts
     said = [
-        f"keys found of {texts}, by length and depth of the needle, and nats of a key (without a look at it: {GUESSING:.1f})",
+        f"pass keys found of {texts}, by length of the text and position of the needle, with the loss of a key in nats (guessing: {GUESSING:.1f})",
         f"{'tokens':>12}{''.join(f'{depth:>14.0%}' for depth in depths)}",
     ]
     for length in sorted({cell.length for cell in cells}):

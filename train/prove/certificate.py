@@ -136,7 +136,9 @@ class Certificate:
     def show(self, path: Path, console: Console | None = None) -> None:
         """Prints the result on one screen."""
         said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
-        rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
+        rows = [
+            ("Layout", f"{self.layout}, {self.ranks} rank{'s' * (self.ranks > 1)} on {self.device}, {self.steps} steps")
+        ]
         same = self.second_layout.startswith(f"{self.layout}, {self.ranks} ")
         read = "read in the same layout, because no other layout is allowed" if same else "read in another layout"
         rows.append(("Checkpoint", f"{read}: {self.second_layout}"))
