@@ -1,11 +1,11 @@
 """Scores the model's answers to held-out questions by their similarity to the true answers.
 
 The true answer is the last learnt turn of a held-out chat. The question is the chat before this turn. The model decodes
-greedily until the stop token, or until it has ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest common
-subsequence of words (Lin 2004; lower case, letters and digits).
+greedily, up to the stop token or ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest common subsequence of
+words (Lin 2004; lower case, letters and digits).
 
-Words that most answers share give a high score. So two baselines are scored too: the model's answer to another
-question, and the most frequent training answer.
+Common words give a high score, so two baselines are scored too: the model's answer to another question, and the most
+frequent training answer.
 """
 
 import re
@@ -32,7 +32,7 @@ SHOWN_QUESTIONS = 5
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """The tokens of a held-out chat before its last learnt turn, and this turn as the true answer."""
+    """A held-out chat before its last learnt turn, and this turn as the true answer."""
 
     prompt: list[int]
     answer: list[int]
@@ -41,14 +41,14 @@ class HeldOutQuestion:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """The score of a set of answers: how similar they are to the true answers."""
+    """The similarity of a set of answers to the true answers."""
 
     of: str
     """Text for the user: where the answers come from."""
     rouge_l: float
     """Mean ROUGE-L over the questions, from 0 to 1."""
     loss: float | None = None
-    """Held-out loss of the model, in nats per learnt token; None for a baseline without a model."""
+    """Held-out loss in nats per learnt token; None for a baseline."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class JudgedAnswers:
 
 
 def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
-    """Returns at most `count` questions, spread evenly over the chats. Uses only chats whose answer ends with the most
-    frequent stop token."""
+    """Returns at most `count` questions, spread evenly over the chats."""
     found = list(_last_turns(documents))
     stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
     whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]
@@ -86,7 +85,7 @@ def _last_turns(documents: Documents) -> Iterator[HeldOutQuestion]:
 
 
 def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
-    """Returns the most frequent answer in the chats. If several answers are equally frequent, returns the first."""
+    """Returns the most frequent answer in the chats."""
     answers = Counter(tuple(each.answer) for each in _last_turns(documents))
     return text_of(tokenizer, list(answers.most_common(1)[0][0]))
 
@@ -94,7 +93,7 @@ def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
 def answer_questions(
     decoder: Decoder, tokenizer: Tokenizer, questions: list[HeldOutQuestion], context: int
 ) -> list[str]:
-    """Returns the model's answer to each question. context: maximum tokens of question and answer together."""
+    """Returns the model's answer to each question. context: maximum tokens."""
     stops = frozenset({*tokenizer.stop_ids, questions[0].answer[-1]})
     texts = []
     for first in range(0, len(questions), ANSWERED_AT_ONCE):
@@ -108,7 +107,7 @@ def answer_questions(
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Decodes the tokens of an answer, without the stop token if there is one."""
+    """Decodes the tokens of an answer, without a stop token."""
     special = tokenizer.bytes_V[ids[-1]] == 0 if ids else False
     return tokenizer.decode(ids[:-1] if special else ids).strip()
 
@@ -119,7 +118,7 @@ def mean_rouge_l(answers: list[str], truth: list[str]) -> float:
 
 
 def to_other_questions(answers: list[str]) -> list[str]:
-    """Returns the answers in another order, so that each question gets another question's answer."""
+    """Gives each question the answer to another question."""
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)).tolist()
     moved = [""] * len(answers)
     for here, there in zip(order, [*order[1:], order[0]], strict=True):
@@ -128,7 +127,7 @@ def to_other_questions(answers: list[str]) -> list[str]:
 
 
 def rouge_l(answer: str, truth: str) -> float:
-    """Returns ROUGE-L, the F1 of the longest common subsequence of words, from 0 to 1."""
+    """Returns ROUGE-L of two texts, from 0 to 1."""
     found, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, truth))
     lengths = [0] * (len(wanted) + 1)
     for word in found:

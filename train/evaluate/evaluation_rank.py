@@ -57,17 +57,15 @@ from train.show.report import write_report
 from train.show.wandb_sink import evaluation_tables, wants_wandb
 from train.show.writer import open_wandb
 
-# Runs a model, in any layout, on the texts of the needle test (train/evaluate/needle.py).
+# The texts of the needle test (train/evaluate/needle.py) run in any layout.
 #
-# Each text is one sequence without document boundaries. Logits of the main model are computed only at the tokens of the
-# key, on the rank that has these tokens.
+# Each text is one sequence. Logits are computed only at the key's tokens, on the rank that has these tokens.
 #
 # Shapes: B texts, S = T + 1 tokens, N key tokens.
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Returns NEEDLE_TEXTS lists of held-out tokens that fill the texts of the needle test. Each list is long enough
-    for the longest text. A line end replaces each eos."""
+    """Returns NEEDLE_TEXTS lists of held-out tokens, without eos."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -84,8 +82,10 @@ def search_needles(
     fillers: list[list[int]],
     start_id: int,
 ) -> list[NeedleCell]:
-    """Runs the needle test. Returns one `NeedleCell` for each length and depth, equal on every rank. All ranks must
-    call it. start_id: first token of every text."""
+    """Runs the needle test. All ranks must call it.
+
+    Returns one `NeedleCell` for each length and depth, equal on every rank. start_id: first token of every text.
+    """
     needles = make_needles(config, tokenizer)
     keys = [len(needle.key) for needle in needles]
     watch = _Watch(pipeline.modules[-1] if pipeline.has_last else None)
@@ -107,12 +107,12 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Returns the number of found pass keys, and the mean loss of a pass key in nats. Each data-parallel rank runs some
-    of the texts. size: number of texts that a rank runs at a time."""
+    """Returns the number of found pass keys, and a pass key's mean loss in nats. size: texts that a rank runs at a
+    time."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
-        # Every rank sends tokens to experts on other ranks, so all ranks must run the same number of forward passes. A
-        # rank that has no texts left repeats the first texts.
+        # All ranks must run the same number of forward passes, because they exchange tokens. A rank without texts
+        # repeats the first texts.
         mine = first + mesh.dp_rank * size
         rows = slice(mine, mine + size) if mine < len(keys) else slice(0, size)
         part_B2 = watch.over(
@@ -127,8 +127,7 @@ def _score(
 
 
 class _Watch:
-    """Measures the losses of pass keys on the rank with the last chunk of the model. On other ranks, the losses are
-    0."""
+    """Measures the losses of pass keys on the model's last chunk."""
 
     def __init__(self, last: DeepSeekV3 | None):
         self._keys: list[int] = []
@@ -136,10 +135,10 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns two values per text, (B, 2): the loss of the pass key in nats, and the number of key tokens that the
-        model does not rank first. Both values include only the tokens on this rank.
+        """Returns two values per text, (B, 2): the pass key's loss in nats, and the number of key tokens that the model
+        does not rank first.
 
-        keys: number of key tokens in each text.
+        Both cover only the tokens on this rank. keys: number of key tokens in each text.
         """
         self._keys, self._sums_B2 = keys, torch.zeros(len(keys), 2, dtype=torch.float64)
         forward()
@@ -159,7 +158,7 @@ class _Watch:
 
 
 EVALUATION_FOLDER = "evaluate"
-"""Subfolder of the run folder for the configuration and the logs of an evaluation on several ranks."""
+"""Subfolder of the run folder for an evaluation on several ranks."""
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
@@ -202,7 +201,7 @@ def _run(config: Config, place: Place) -> int:
 
 
 def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeekV3]:
-    """Load the model. Raises UserError if one process must hold all weights but does not have enough memory."""
+    """Load the model. Raises UserError if it needs too much memory."""
     dtype = activation_dtype(target.config.precision)
     if mesh.layout.world == 1:
         item_bytes = dtype.itemsize + (4 if target.meta is not None else 0)  # a checkpoint is read in fp32
@@ -240,8 +239,7 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Scores the model's answers to held-out questions of the first source, and two baselines. If the run started from
-    weights (`init_from`) that still exist, also scores the answers of these initial weights."""
+    """Scores the answers of the model, the baselines and the initial weights."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]
@@ -275,8 +273,7 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """Returns the token before every text: eos for a Sluice checkpoint, and the result of `start_token` for a Hugging
-    Face folder."""
+    """Returns the token before every text: eos, or `start_token`."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 
@@ -315,7 +312,7 @@ def _report(
 
 
 def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> None:
-    """Add the results to the W&B run of the evaluated run, if there is one."""
+    """Add the results to the evaluated run's W&B run."""
     folder = RunPaths(config).path
     if wants_wandb(config.log.wandb) and (folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, folder, lambda text: console.print(text, soft_wrap=True, markup=False))

@@ -1,7 +1,7 @@
 """Runs standard tasks on our models through lm-evaluation-harness (the package lm-eval, extra `eval`).
 
-Each text starts with eos, as in training, or with the begin token of a Hugging Face folder. If a context is too long,
-its first tokens are dropped.
+Each text starts with eos, or with the begin token of a Hugging Face folder. A context that is too long loses its first
+tokens.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -28,16 +28,16 @@ from train.generate.sampling import Sampler
 from train.model.deepseek import DeepSeekV3
 
 BOOTSTRAPS = 1000
-"""Number of bootstrap samples with which the harness estimates a standard error that has no closed form."""
+"""Number of bootstrap samples for a standard error."""
 NEW_TOKENS = 256
-"""Maximum number of tokens of an answer if the task sets no limit."""
+"""Maximum number of tokens of an answer, by default."""
 
 
 def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int) -> dict[str, dict[str, float]]:
-    """Runs the tasks. Returns a dict: task or group -> metric -> value, with the harness's names. Raises UserError for
-    unknown tasks.
+    """Runs the tasks. Returns a dict: task or group -> metric -> value. Raises UserError for unknown tasks.
 
-    model: a complete model in eval mode. start_id: first token of every text.
+    - model: a complete model in eval mode.
+    - start_id: first token of every text.
     """
     wanted = config.evaluate
     found = simple_evaluate(
@@ -57,8 +57,7 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
 
 
 def load_tasks(config: Config) -> TaskManager:
-    """Loads the configured tasks with their data, and returns the harness's task manager. Raises UserError for an
-    unknown or unavailable task."""
+    """Loads the configured tasks. Raises UserError for an unavailable task."""
     wanted = config.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     offline = offline_reason()
@@ -85,8 +84,7 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:
-    """Returns the numeric results of a task. The harness names a result METRIC,FILTER; a name METRIC,none is shortened
-    to METRIC."""
+    """Returns a task's numeric results. METRIC,none becomes METRIC."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -116,8 +114,7 @@ class Harness(TemplateLM):
         return start + self._ids.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns log p of each complete text. A long text is scored in windows of seq_len tokens, with one earlier
-        token as context."""
+        """Returns log p of each complete text, in windows of seq_len."""
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self._ids.encode(text)
@@ -129,7 +126,7 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Returns log p of each continuation, and whether greedy decoding would produce this continuation."""
+        """Returns log p of each continuation, and whether it is greedy."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda place: -len(requests[place][1]) - len(requests[place][2]))
         for places in _cut(order, self._rows):
@@ -139,8 +136,7 @@ class Harness(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Scores a batch of pairs (context, continuation). Rows are padded at the end. Attention is causal, so no text
-        token attends to the padding."""
+        """Scores a batch of pairs (context, continuation), padded at the end."""
         for _, continuation in pairs:
             if len(continuation) > self._seq_len:
                 raise UserError("seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "omit this task")
@@ -158,7 +154,7 @@ class Harness(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the continuation of each context, up to its first stop word."""
+        """Returns each context's continuation, up to its first stop word."""
         texts: list[str] = [""] * len(requests)
         asked: list[tuple[Any, ...]] = [request.args for request in requests]  # context and settings of each request
         for settings in {repr(one[1]): one[1] for one in asked}.values():
@@ -186,8 +182,7 @@ class Harness(TemplateLM):
 
 
 def _read(generation: Generation, decode: Callable[[list[int]], str], stops: list[str]) -> list[str]:
-    """Run the generation until every text has ended or contains a stop word. Returns each text up to its first stop
-    word."""
+    """Run the generation. Returns texts up to their first stop words."""
     texts: list[str] = []
     for _ in generation.steps():
         texts = [decode(ids) for ids in generation.tokens]

@@ -4,10 +4,8 @@ A pass key of five digits is inserted into held-out text. The text ends with a q
     [text] The pass key is 48213. Remember it. [more text] What is the pass key? The pass key is 48213
 
 The test runs several texts for each length and each depth of the key (0: at the beginning, 1: right before the
-question). A key is found if each of its tokens is the model's likeliest.
-
-The test also reports the loss of a key in nats. The keys are uniform over 100,000 values. So a model that ignores the
-needle has a mean loss of at least ln 100000 = 11.5.
+question). A key is found if each of its tokens is the model's likeliest. A model that ignores the needle has a mean
+loss of at least ln 100000 = 11.5 nats per key.
 
 The key is encoded separately, so it has the same tokens in needle and answer. The text contains no eos, because a model
 may not look back across eos. Imports no torch.
@@ -26,18 +24,18 @@ from train.data.tokenizer import Tokenizer
 
 NEEDLE_KEYS = 100_000
 NEEDLE_TEXTS = 10
-"""Number of texts for each length and depth; each text has a different key."""
+"""Number of texts, with different keys, per length and depth."""
 NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
-"""Relative position of the pass key in the text: 0 at the beginning, 1 right before the question."""
+"""Relative positions of the pass key in the text."""
 GUESSING = math.log(NEEDLE_KEYS)
-"""Lower bound of the mean loss of a pass key, in nats, for a model that does not use the needle."""
+"""Lower bound of a pass key's mean loss, in nats, for a model that ignores the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
 class Needle:
-    """Tokens of one needle: the sentence that contains the key, the question, and the key as the answer."""
+    """Tokens of a needle: sentence with the key, question, key."""
 
     sentence: list[int]
     question: list[int]
@@ -45,12 +43,15 @@ class Needle:
 
     @property
     def size(self) -> int:
-        """Number of tokens of a text, with the start token but without the filler tokens."""
+        """Number of a text's tokens without filler."""
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """Returns a text of length + 1 tokens that ends with the pass key. filler: at least length + 1 held-out tokens.
-        depth: relative position of the needle, 0 to 1."""
+        """Returns a text of length + 1 tokens that ends with the pass key.
+
+        - filler: at least length + 1 held-out tokens.
+        - depth: relative position of the needle, 0 to 1.
+        """
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]
@@ -68,13 +69,12 @@ class NeedleCell:
     """Mean loss of a pass key, in nats."""
 
     def plain(self) -> dict[str, Any]:
-        """Returns the result as an object for evaluate.json. nats is null if it is not finite."""
+        """Returns the object for evaluate.json; nats may be null."""
         return vars(self) | {"nats": self.nats if math.isfinite(self.nats) else None}
 
 
 def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
-    """Returns NEEDLE_TEXTS needles with random keys, for every length and depth. Raises UserError if a configured
-    length is too short."""
+    """Returns needles with random keys. Raises UserError for short lengths."""
     draw = random.Random(config.seed)
     before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []
@@ -90,7 +90,7 @@ def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
 
 
 def needle_lines(cells: list[NeedleCell]) -> list[str]:
-    """Returns the result table for the screen: one line per length, one column per depth."""
+    """Returns the result table: lines are lengths, columns are depths."""
     if not cells:
         return []
     depths = sorted({cell.depth for cell in cells})

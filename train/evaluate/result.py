@@ -5,26 +5,25 @@
     precision, seq_len              settings of the evaluation
     total                           figures of all sources together, see below
     sources                         one object per source: name, documents (held out, or all), and the keys of total
-    needle                          one object per length and depth: length, depth, texts, found (number of texts whose key the
-                                    model finds), nats (mean loss of a key; 11.5 for guessing), see needle.py
+    needle                          one object per length and depth: length, depth, texts, found (number of texts whose
+                                    key the model finds), nats (mean loss of a key), see needle.py
     answers                         null, or scores of answers to held-out questions (answers.py): questions, scores
                                     (of, rouge_l, loss) and examples
     tasks                           task -> metric -> number, as lm-evaluation-harness names them
 
 Keys of total and of each source:
 
-    sequences, tokens, text_bytes   number of sequences, of target tokens, and of bytes that the target tokens decode to
+    sequences, tokens, text_bytes   numbers of sequences, of target tokens, and of the targets' bytes as text
     loss                            nats per token of the main model, as validation_loss in metrics.jsonl
     perplexity                      e to the power of the loss
-    bits_per_byte                   loss in bits per byte of text, comparable between tokenizers; null if the targets are not text
-    positions                       one object per range of positions, none for chats: first, last (counted from 1: position i sees
-                                    i tokens and predicts the next token), loss
-    mtp                             one object per depth, none for chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement,
-                                    the fraction of positions where the MTP module predicts the same token as the main model
+    bits_per_byte                   loss in bits per byte of text; null if the targets are not text
+    positions                       one object per range of positions, none for chats: first, last (from 1), loss
+    mtp                             one object per depth, none for chats: depth, loss (as mtp_loss in metrics.jsonl),
+                                    and agreement, the fraction of positions where the MTP module and the main model
+                                    predict the same token
 
 The run has trained on a source if the checkpoint records its path or content hash. From such a source, the evaluation
-reads only held-out documents. The recorded fraction decides which documents are held out. From other sources, it reads
-all documents. A moved folder keeps its hash, and an extended folder keeps its path.
+reads only the documents that the recorded fraction holds out. From other sources, it reads all documents.
 """
 
 import json
@@ -52,38 +51,34 @@ from train.model.sequence import Positions
 
 # The forward pass that computes the loss also measures the loss by position and the predictions of the MTP modules.
 #
-# Position i (counted from 1) sees i tokens and predicts the next token. If a model uses long text, its loss is lower at
-# late positions than at early positions. If the model's usable context is shorter than the text, its loss rises at late
-# positions. Ranges of positions end at seq_len, at half of seq_len, at a quarter and so on. So two evaluations whose
-# lengths are powers of two have range boundaries in common.
+# Position i (counted from 1) sees i tokens and predicts the next token. If a model uses long text, its loss falls with
+# the position. If its usable context is shorter than the text, its loss rises at late positions. Ranges of positions
+# end at seq_len, at half of seq_len, at a quarter and so on.
 #
-# MTP depth k at position i and the main model at position i + k predict the same token, i + k + 1. In greedy
-# speculative decoding the main model accepts a draft token exactly if the main model predicts this token too. So the
-# agreement on held-out text estimates the acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
+# MTP depth k at position i and the main model at position i + k predict the same token. Greedy speculative decoding
+# accepts a draft token exactly if the main model predicts it too. So the agreement on held-out text estimates the
+# acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
 #
-# Shapes: B sequences, S = T + 1 tokens, T positions (if ranks split the sequences: this rank's positions), D width,
-# V vocabulary, N positions of all sequences, flattened.
+# Shapes: B sequences, S = T + 1 tokens, T positions (if ranks split the sequences: this rank's positions), D width, V
+# vocabulary, N positions of all sequences, flattened.
 
 RANGES = 6
 """Maximum number of ranges of positions."""
 SHORTEST = 32
-"""Minimum number of positions in a range, if there are several ranges. The loss of a smaller range would be too
-noisy."""
+"""Minimum number of positions in one of several ranges."""
 
 
 def position_ranges(seq_len: int) -> list[range]:
-    """Returns ranges that cover all positions, counted from 0. The last range is the second half of all positions. Each
-    earlier range is the second half of the remaining positions. The first range has the rest."""
+    """Returns ranges of positions: halves, quarters and so on, from the end."""
     ends = [seq_len >> halvings for halvings in reversed(range(RANGES))]
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 
 
 class ObservedChunk:
-    """Measures losses and predictions on the last chunk of a model. `take` returns the sums of the latest forward
-    pass."""
+    """Measures losses and predictions on a model's last chunk."""
 
     def __init__(self, depths: int, seq_len: int, last: DeepSeekV3 | None):
-        """depths: number of MTP depths. last: the chunk with the output head; None on a rank without the head."""
+        """last: the chunk with the output head; None without one."""
         self._ends = torch.tensor([positions.stop for positions in position_ranges(seq_len)])
         self._sums = torch.zeros(len(self._ends) + 2 * depths, dtype=torch.float64)
         if last is not None:
@@ -93,8 +88,8 @@ class ObservedChunk:
         """Returns the sums of the latest forward pass as one vector:
 
         each range of positions    summed loss of the targets in nats
-        each MTP depth             summed loss of the targets in nats; number of positions where the MTP module and the
-                                   main model predict the same token
+        each MTP depth             summed loss of the targets in nats; number of positions where the MTP module and
+                                   the main model predict the same token
         """
         return self._sums
 
@@ -116,7 +111,7 @@ class ObservedChunk:
 
 
 def here(positions: Positions, device: torch.device) -> Tensor:
-    """Returns the sequence indices (T,) of this rank's positions, counted from 0."""
+    """Returns the indices (T,) of this rank's positions, from 0."""
     return torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in positions.here])
 
 
@@ -137,7 +132,7 @@ def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tens
 
 
 def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
-    """Returns the values at all positions, gathered from all ranks that hold parts of the sequences."""
+    """Returns the values at all positions, from all ranks' parts."""
     if positions.share is None:
         return own_BT
     rows = [len(piece) for piece in positions.pieces]
@@ -145,25 +140,23 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""Number of sequences to request from a source to get all its sequences. It is larger than the number of sequences in
-any source."""
+"""Requested number of sequences for a complete source."""
 
 
 @dataclass(frozen=True)
 class EvaluatedSource:
-    """One data source and the sequences that the evaluation reads from it."""
+    """A data source, and the sequences that are evaluated."""
 
     name: str
     own: bool
-    """Whether the run has trained on the source. If so, only the held-out documents count."""
+    """Whether the run trained on the source; then only held-out documents count."""
     part: CorpusPart
-    """The source's part of the corpus. The evaluation reads the part's validation documents."""
+    """Part of the corpus whose validation documents are read."""
     data: ValidationData
 
 
 def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
-    """Returns the sources with at least one evaluated sequence, in the order of data.mix. held_out: the checkpoint's
-    data record; None for a Hugging Face folder."""
+    """Returns the sources with sequences to evaluate, in data.mix's order."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences
     wanted = config.log.validation_sequences if wanted is None else wanted
@@ -181,8 +174,7 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """Raise UserError if the configuration selects held-out documents by another rule than the run did. The evaluation
-    would then read training documents."""
+    """Raise UserError if the run held out documents differently."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),
@@ -237,8 +229,7 @@ class Evaluation:
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
-    """Computes the figures of evaluate.json from the sums over the evaluated tokens. `sums.more` is a vector in the
-    format of `ObservedChunk.take`."""
+    """Computes the figures of evaluate.json from sums over tokens."""
     ranges = position_ranges(seq_len) if sums.more else []
     by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []
@@ -261,7 +252,7 @@ def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
 
 
 def show_result(evaluation: Evaluation, path: str, console: Console) -> None:
-    """Prints a line per source, a line per task result, and the file's path."""
+    """Prints lines for sources and task results, and the file's path."""
     plain = evaluation.plain()
     step = "" if evaluation.step is None else f", step {evaluation.step}"
     average = ", average of the weights" if evaluation.weights == "ema" else ""
@@ -292,7 +283,7 @@ def _line(row: dict[str, Any], words: str) -> str:
 
 
 def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
-    """Returns two lines, the ranges of positions and their losses; no line if there is only one range."""
+    """Returns two lines, position ranges and losses; none for one range."""
     if len(ranges) <= 1:
         return []
     titles = (f"{each['first']}-{each['last']}" for each in ranges)
@@ -304,7 +295,7 @@ def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
 
 
 def lines_of_answers(judged: JudgedAnswers) -> list[str]:
-    """Returns a title line, and one line for each set of scored answers."""
+    """Returns a title line, and one line per scored set."""
     title = f"{'ROUGE-L':>12}  {'loss':>8}  answers to {judged.questions} held-out questions"
     rows = [
         f"{score.rouge_l:>12.4f}  {'' if score.loss is None else _text(score.loss, 4):>8}  {score.of}"

@@ -1,4 +1,4 @@
-"""`mode=evaluate`: checks the request and raises an error if it cannot be met; then starts the ranks."""
+"""`mode=evaluate`: checks the request, then starts the ranks."""
 
 import importlib.util
 import sys
@@ -17,8 +17,7 @@ from train.program import install_words
 
 
 def evaluate(config: Config, alone: bool) -> int:
-    """Evaluate a checkpoint; returns the exit code. alone: whether this process has no other job and may run as the
-    rank."""
+    """Evaluate a checkpoint. alone: whether this process may run as the rank."""
     if config.evaluate.tasks:
         _require_harness(config)
     target = find_target(config)

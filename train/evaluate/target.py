@@ -1,5 +1,4 @@
-"""Finds the checkpoint that the configuration names, and adapts the configuration to this checkpoint. Imports no
-torch."""
+"""Finds the configured checkpoint and adapts the configuration. Imports no torch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ class Target:
     """Weights to evaluate."""
 
     config: Config
-    """The configuration, changed to the model shape and the tokenizer of the weights."""
+    """The configuration with the weights' model shape and tokenizer."""
     checkpoint: Path
     meta: dict[str, Any] | None
     """Metadata of a Sluice checkpoint; None for a Hugging Face folder."""
@@ -28,8 +27,7 @@ class Target:
 
 
 def find_target(config: Config) -> Target:
-    """Finds the weights to evaluate. Raises UserError if there is no intact checkpoint, or if the requested moving
-    average is missing."""
+    """Finds the weights to evaluate. Raises UserError if they are missing."""
     given = config.evaluate.checkpoint
     if given is not None and is_hf_folder(Path(given).expanduser()):
         return _of_hf_folder(config, Path(given).expanduser().absolute())
@@ -75,8 +73,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:
-    """Returns the configuration with `data.tokenizer` set to `folder`, if it has no tokenizer and the folder contains
-    one."""
+    """Returns the configuration with `folder` as tokenizer, if needed."""
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))

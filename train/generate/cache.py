@@ -1,8 +1,8 @@
 """MLA's cache of past tokens (paper 2.1.1): one normed latent and one RoPE key for every token and layer. With sparse
 attention, the cache also has the indexer's keys.
 
-Rows are padded on the left, so all prompts end in the same column. A row starts at its first column without padding.
-New entries are written after the valid columns, and `commit` makes them valid. A full cache is doubled.
+Rows are padded on the left, so all prompts end in the same column. New entries are written after the valid columns, and
+`commit` makes them valid. A full cache is doubled.
 
 Shapes: B rows, T new tokens, S columns, N = B*T, R rope width, W = kv_rank + R width of a cache entry.
 """
@@ -23,23 +23,21 @@ FIRST_COLUMNS = 256
 
 
 def bytes_per_token(config: Model, item_bytes: int) -> int:
-    """Return the bytes that one token takes in the cache, over all layers: 70,272 for DeepSeek-V3 in bf16."""
+    """Return the bytes of one token in the cache, over all layers."""
     indexers = sum(config.sparse.chooses(layer) for layer in range(config.layers))
     latents = config.layers * (config.kv_rank + config.rope_head_dim)
     return (latents + indexers * config.sparse.head_dim) * item_bytes
 
 
 def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
-    """Return the bytes per token of multi-head attention with the same heads and widths: a key and a value for every
-    head."""
+    """Return the bytes per token of comparable multi-head attention."""
     per_head = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
     return config.layers * config.heads * per_head * item_bytes
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The cache columns `first` to `end`, where the next T tokens of every row are written, and the columns that these
-    tokens attend to."""
+    """Cache columns of the next tokens, and columns that these attend to."""
 
     first: int
     end: int
@@ -49,13 +47,12 @@ class Slots:
     """The columns that sparse attention chooses for these tokens."""
 
     def positions_N(self) -> Tensor:
-        """Return the position of every token in its text; 0 for padding."""
+        """Return each token's position in its text; 0 for padding."""
         columns_T = torch.arange(self.first, self.end, device=self.starts_B1.device)
         return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
-        """Return a mask of the columns that the C new tokens in `queries` attend to: those that sparse attention chose,
-        otherwise all visible ones. None: every column."""
+        """Return a mask of the columns that `queries` attend to; None: all."""
         chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)
@@ -64,8 +61,7 @@ class Slots:
         return mask_BCS.scatter_(-1, numbers_BCK.masked_fill(numbers_BCK < 0, end), True)[..., :end]
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
-        """Return a mask of the columns that are visible to the C new tokens in `queries`: from the row's start to the
-        token. None: every column.
+        """Return a mask of the columns that are visible to the C new tokens in `queries`; None: every column.
 
         Padding is visible to itself, because attention fails on a row with an empty mask.
         """
@@ -80,8 +76,7 @@ class Slots:
 
 
 class LatentCache:
-    """The cache entries of all layers for one batch. starts: number of padding columns before each row's first
-    token."""
+    """Cache entries of one batch. starts: padding columns in each row."""
 
     def __init__(self, config: Model, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.length, layers = list(starts), 0, config.layers
@@ -104,20 +99,17 @@ class LatentCache:
         return Slots(first, end, starts_B1, padded=max(self.starts) > 0)
 
     def write(self, layer: int, slots: Slots, new_BTW: Tensor) -> Tensor:
-        """Write the new entries of a layer into their slots. Returns a view of all entries up to the end of these
-        slots, (B, S, W)."""
+        """Write a layer's new entries. Returns all entries so far, (B, S, W)."""
         entries_BSW = self._layers[layer]
         entries_BSW[:, slots.first : slots.end] = new_BTW
         return entries_BSW[:, : slots.end]
 
     def write_index(self, layer: int, slots: Slots, new_BTI: Tensor) -> Tensor:
-        """Write the new keys of a layer's indexer into their slots. Returns all keys up to the end of these slots, (B,
-        S, I)."""
+        """Write an indexer's new keys. Returns all keys so far, (B, S, I)."""
         return self.write(self._index + layer, slots, new_BTI)
 
     def commit(self, count: int) -> None:
-        """Mark the first `count` of the newly written columns as valid. The next tokens overwrite the other new
-        columns."""
+        """Mark the first `count` new columns as valid."""
         self.length += count
 
     def keep(self, rows: list[int]) -> None:
@@ -140,19 +132,19 @@ class LatentCache:
 # q_i . k = q_nope_i . (W_UK_i c) + q_rope_i . k_rope = [W_UK_i^T q_nope_i ; q_rope_i] . [c ; k_rope]
 # sum_s p_s v_s = sum_s p_s W_UV_i c_s = W_UV_i (sum_s p_s c_s)
 #
-# So keys and values are never computed. All heads share one key, the cache entry, and one value, the latent part of
-# this entry. Torch's attention gets the entry as key and as value; the rope part of the result is dropped. The queries
-# of all heads are rows of one matmul, so this matmul reads the cache once for all heads.
+# So keys and values are never computed. All heads share one key, the cache entry, and one value, the entry's latent
+# part. Torch's attention gets the entry as key and as value; the rope part of the result is dropped. The queries of all
+# heads are rows of one matmul, which reads the cache once.
 #
 # Shapes: B rows, T tokens, H heads, S columns of the cache, C kv_rank, R rope width, W = C + R width of a cache entry,
 # X = queries * heads.
 
 ABSORBED_ROWS = 2048
-"""Maximum number of queries times heads in one attention call. It bounds the memory of the mask for a long prompt."""
+"""Maximum number of queries times heads in one attention call."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:
-    """Return the attention-weighted sums of latents (B, T, H, C). q_BTHW: queries to which W_UK has been applied."""
+    """Return attention-weighted sums of latents (B, T, H, C)."""
     length, heads = q_BTHW.shape[1:3]
     step = max(1, ABSORBED_ROWS // heads)
     parts = []
@@ -164,8 +156,7 @@ def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: f
 
 
 def choose_columns(index: IndexVectors, top_k: int, slots: Slots) -> Tensor:
-    """Return, for every query, the columns with the top_k largest indexer scores, (B, T, top_k). The format is that of
-    `train.model.indexer.best_keys`."""
+    """Return each query's columns with the largest indexer scores, (B, T, top_k)."""
     q_BTHI, k_BSI, w_BTH = index
     length, heads = q_BTHI.shape[1:3]
     step, parts = max(1, ABSORBED_ROWS // heads), []

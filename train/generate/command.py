@@ -1,6 +1,6 @@
 """`mode=generate`: writes a model's text to standard output, and notes and statistics to standard error.
 
-The prompt is `generate.prompt`, a typed line, or a line of standard input. The command writes no file.
+The prompt is `generate.prompt`, a typed line, or a line of standard input.
 """
 
 import io
@@ -74,7 +74,7 @@ class Writer:
         self._settings, self._source = config.generate, source
 
     def headline(self) -> str:
-        """Return one line about the model and the cache memory that a token takes."""
+        """Return one line about the model and its cache memory."""
         decoder = self._source.decoder
         latent = bytes_per_token(decoder.config, decoder.dtype.itemsize)
         heads = multi_head_bytes_per_token(decoder.config, decoder.dtype.itemsize)
@@ -85,8 +85,7 @@ class Writer:
         )
 
     def show(self, prompts: list[str], titles: bool = False) -> None:
-        """Continue prompts in one batch. A single prompt's text is printed as it grows. titles: whether each prompt is
-        printed above its text."""
+        """Continue prompts in one batch. titles: whether to print prompts too."""
         how = self._settings
         generation = start(
             self._source, prompts, tokens=how.tokens, temperature=how.temperature, top_p=how.top_p, seed=how.seed
@@ -118,7 +117,7 @@ class Writer:
 
 
 def _statistics(generation: Generation) -> str:
-    """Return one line about the speed and the reasons why the texts ended."""
+    """Return one line about speed and why texts ended."""
     counts = generation.counts
     ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
     said = f"[{sum(map(len, generation.tokens))} tokens"
@@ -128,7 +127,7 @@ def _statistics(generation: Generation) -> str:
 
 
 def _converse(writer: Writer) -> None:
-    """Read prompts from a person until end of file. Ctrl-C stops the current text; the next prompt follows."""
+    """Read prompts until end of file. Ctrl-C stops a text."""
     _say("Type the beginning of a text and press Enter. Ctrl-C stops a text, Ctrl-D ends.")
     with every_interrupt():
         while True:

@@ -1,7 +1,6 @@
 """Answers questions turn by turn (generate.chat=true), with the chat template of the weights.
 
-An answer ends with a stop token or with the end of a document. If the turns no longer fit into the context, the oldest
-turns are left out.
+If the turns no longer fit into the context, the oldest turns are left out.
 
 In a terminal, Ctrl-D and /quit end the conversation, and /reset removes all turns. Ctrl-C stops an answer, which still
 becomes a turn. Without a terminal, each line of standard input is a question.
@@ -33,7 +32,7 @@ class Conversation:
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
         """say: prints a sentence for the user.
 
-        Raises UserError if the weights have no template, or if the template cannot be used.
+        Raises UserError without a template.
         """
         self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)
@@ -49,8 +48,8 @@ class Conversation:
     def answer(self, question: str) -> Generator[str]:
         """Yield the text of an answer in pieces that end at complete characters.
 
-        Question and answer become turns, even if the caller stops early. If the question alone exceeds the context,
-        raises UserError and adds no turn.
+        Question and answer become turns, even if the caller stops early. A question that exceeds the context raises
+        UserError and adds no turn.
         """
         prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         how, decoder = self._settings, self._source.decoder
@@ -75,9 +74,9 @@ class Conversation:
             self.tell(f"[{end.value}]")
 
     def _prompt(self, turns: list[Message]) -> list[int]:
-        """Return the tokens of the turns, without the oldest turns if these leave too little context for an answer.
+        """Return the tokens of the turns, without the oldest turns if the context is too small.
 
-        An answer needs generate.tokens tokens, but at most half of the context.
+        The answer needs room for generate.tokens tokens, but at most half of the context.
         """
         most = self._source.context - min(self._settings.tokens, self._source.context // 2)
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:
@@ -139,7 +138,7 @@ def converse(conversation: Conversation) -> None:
 
 
 def answer_each_line(conversation: Conversation, lines: Iterator[str]) -> None:
-    """Answer each non-empty line until /quit; print every question above its answer."""
+    """Answer each non-empty line until /quit, below the question."""
     for line in lines:
         if (question := line.strip()) == QUIT:
             return
@@ -167,7 +166,7 @@ def _one_turn(conversation: Conversation, question: str, title: str = "") -> Non
 
 
 class _WordWrap:
-    """Breaks a text into lines of the terminal's width, between words. The text arrives in pieces."""
+    """Breaks a growing text into lines, between words."""
 
     def __init__(self, columns: int):
         self._columns, self._at, self._word = columns, 0, ""

@@ -1,6 +1,6 @@
 """Runs a model for generation: the modules of train/model, with attention over a cache of latents.
 
-Only the core of attention differs from training. Prompts and single tokens run through the same code.
+Prompts and single tokens run through the same code.
 
 Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R, P nope width,
 U width of a value.
@@ -27,7 +27,7 @@ from train.model.router import Router
 
 
 def require_plain_blocks(config: Model) -> None:
-    """Raise UserError if the model has the user's own blocks. Does not import these blocks."""
+    """Raise UserError for the user's own blocks, without importing them."""
     if config.block:
         rule = "does not support generation, which needs the parts of DeepSeek-V3's own block"
         raise UserError(
@@ -38,8 +38,8 @@ def require_plain_blocks(config: Model) -> None:
 class Decoder:
     """A complete model in eval mode that computes with a cache.
 
-    The weights must not change, because the decoder has copies of some weights. seq_len: sequence length in training;
-    it decides whether YaRN applies.
+    The weights must not change, because the decoder has copies of some. seq_len: sequence length in training, which
+    decides about YaRN.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
@@ -54,8 +54,7 @@ class Decoder:
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
         """Return W_UK (H, P, C) and W_UV (H, C, U).
 
-        In fp32, both are views of the weight. In bf16, W_UV is a copy, because transposed bf16 matmuls of few tokens
-        are slow on a CPU.
+        In bf16, W_UV is a copy, because transposed bf16 matmuls of few tokens are slow on a CPU.
         """
         up_HXC = mla.kv_up.weight.detach().view(self.config.heads, -1, self.config.kv_rank)
         w_uk_HPC, w_uv_HUC = up_HXC.split([self.config.nope_head_dim, self.config.v_head_dim], 1)
@@ -63,12 +62,11 @@ class Decoder:
         return w_uk_HPC, w_uv_HCU.contiguous() if self.dtype == torch.bfloat16 else w_uv_HCU
 
     def new_cache(self, starts: list[int]) -> LatentCache:
-        """Return an empty cache. starts: number of padding columns of each row."""
+        """Return an empty cache. starts: padding columns of each row."""
         return LatentCache(self.config, starts, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """Return the hidden states after the final norm (B, T, D). Writes the tokens' cache entries but does not commit
-        these entries."""
+        """Return the hidden states (B, T, D), and write uncommitted cache entries."""
         slots = cache.slots(tokens_BT.size(1))
         table = self._rope.table(slots.end, self.device)[slots.positions_N()]  # complex (N, R/2)
         x_BTD = F.embedding(tokens_BT, self.model.embedding.weight)
@@ -99,8 +97,7 @@ class Decoder:
         slots: Slots,
         table: Tensor,
     ) -> None:
-        """Write the keys of a layer's indexer, and choose the columns that queries attend to. The choice applies until
-        the next layer with an indexer."""
+        """Choose the attended columns until the next layer with an indexer."""
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
@@ -143,48 +140,45 @@ class Decoder:
 
 
 class KeyTap:
-    """Records the key positions that each indexer chooses in a forward pass over one sample, or replaces these
-    positions."""
+    """Records or replaces the indexers' key positions for one sample."""
 
     def __init__(self, decoder: Decoder):
         self.given_TLK: Tensor | None = None
-        """Key positions for the next forward pass, int32, padded with -1 for tokens with fewer than K keys. None: the
-        indexers choose."""
+        """Key positions for the next forward pass; None: the indexers choose."""
         self.chosen: list[Tensor] = []
         self.shape = indexer_layers(decoder.config), decoder.config.sparse.top_k
-        """Number of layers with an indexer, and number of keys per token."""
+        """Number of layers with an indexer, and keys per token."""
         decoder.key_tap = self
 
     def take(self) -> list | None:
-        """Return the key positions of the last forward pass, by token and layer. Returns None for at most top_k tokens,
-        which attend to all earlier tokens."""
+        """Return the last key positions, or None for at most top_k tokens."""
         chosen, self.chosen = self.chosen, []
         if not chosen:
             return None
         return [[[key for key in keys if key >= 0] for keys in layers] for layers in torch.stack(chosen, 1).tolist()]
 
 
-# RoutingTap records which experts each token goes to, or replays the choices that an inference engine recorded. An
-# inference engine and Sluice round differently. So a token whose best scores are nearly equal can go to other experts
-# here than in the engine. Then the log-probabilities that a reinforcement-learning loop compares differ by more than
-# rounding. Replay uses the engine's experts and computes the gate values of these experts from this model's scores.
-# Hooks on the routers record and replay; the model's code does not change.
+# RoutingTap records each token's experts, or replays the experts that an inference engine chose.
+#
+# An inference engine and Sluice round differently, so a token with nearly equal scores can go to other experts here.
+# Then log-probabilities differ by more than rounding. Replay uses the engine's experts, with gate values from this
+# model's scores.
 #
 # Shapes: B = 1 sample, T positions (all tokens but the last), L MoE layers of the main model in order, K = top_k, D
 # width.
 
 
 class RoutingTap:
-    """Records the experts that all MoE layers choose, or replaces these experts."""
+    """Records or replaces the experts that MoE layers choose."""
 
     def __init__(self, model: DeepSeekV3):
         """model: the complete model of a decoder, in eval mode."""
         self.given_TLK: Tensor | None = None
-        """Experts for the next forward pass, int64 on the model's device; None: the routers choose."""
+        """Experts for the next forward pass, int64; None: routers choose."""
         self._chosen: list[Tensor] = []
         routers = [block.moe.router for block in model.layers.values() if hasattr(block, "moe")]
         self.shape = (len(routers), model.config.top_k, model.config.experts)
-        """Number of MoE layers, number of experts per token, and number of experts per layer."""
+        """Number of MoE layers, experts per token, and experts per layer."""
         self._hooks = [router.register_forward_hook(self._hook(number)) for number, router in enumerate(routers)]
 
     def close(self) -> None:
@@ -193,8 +187,7 @@ class RoutingTap:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Return the experts of the last forward pass, (T, L, K). T runs over the tokens of all rows, padding
-        included."""
+        """Return the last pass's experts, (T, L, K), including padding."""
         chosen, self._chosen = self._chosen, []
         return torch.stack(chosen, 1)
 
@@ -210,7 +203,7 @@ class RoutingTap:
 
 
 def gates_of(router: Router, x_BTD: Tensor, ids_TK: Tensor) -> Tensor:
-    """Return the gate values, fp32 (B*T, K), of these experts, with the formula of train/model/router.py."""
+    """Return the gate values of these experts, fp32 (B*T, K)."""
     logits_TE = router.score(x_BTD, nullcontext()).flatten(0, 1)
     scores_TE = logits_TE.softmax(-1) if router.rule.softmax else logits_TE.sigmoid()
     chosen_TK = scores_TE.gather(-1, ids_TK)

@@ -1,7 +1,7 @@
 """Generates tokens for a batch of prompts: prefill, then one token of every text per step.
 
-Prompts are padded on the left. A row that has ended leaves the batch. The first step feeds the prompt to the model.
-Each later step feeds the newest token. So the cache is one token shorter than the text.
+Prompts are padded on the left. A row that has ended leaves the batch. The newest token of a text is not yet in the
+cache.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -74,17 +74,15 @@ class DrawnText:
     tokens: list[int]
     """Token ids, including the end token, if there is one."""
     logprobs: list[float]
-    """Log-probability of each token under the softmax of logits / temperature; 0 at temperature 0. Training compares
-    this value with its own log-probability.
-    """
+    """Log-probabilities under softmax(logits / temperature); 0 at temperature 0."""
     cut_logprobs: list[float]
-    """Log-probability of each token in the distribution after the top_p cut, from which the token was drawn."""
+    """Log-probability of each token in the distribution after the top_p cut."""
     experts_TLK: Tensor | None
-    """Experts of every token of prompt and text except the last token, int64; None if the model has no experts."""
+    """Experts of every token except the last, int64, or None."""
 
 
 class Generation:
-    """The generation of one batch. Iterate over `steps` only once. Each step updates `tokens`, `ends` and `counts`."""
+    """The generation of one batch. Iterate over `steps` only once."""
 
     def __init__(
         self,
@@ -99,8 +97,8 @@ class Generation:
     ):
         """Raises UserError for a prompt that leaves no room in the context.
 
-        own_seeds: row i draws with seed + i; otherwise, all rows draw with `seed`. tap: a RoutingTap on the decoder's
-        model, required for `drawn`.
+        - own_seeds: whether row i draws with seed + i; False: all rows draw with `seed`.
+        - tap: a RoutingTap on the decoder's model, required for `drawn`.
         """
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
         self._decoder, self._sampler, self._limits = decoder, sampler, limits
@@ -114,18 +112,17 @@ class Generation:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The tokens that were generated for each prompt so far, without the end token."""
+        """Generated tokens of each prompt, without the end token."""
         return [row.tokens for row in self._rows]
 
     @property
     def ends(self) -> list[EndReason | None]:
-        """Why each text ended; None for a text that has not ended."""
+        """Why each text ended; None: it has not ended."""
         return [row.end for row in self._rows]
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """The generated text of each prompt, with log-probabilities and experts. This property needs a tap. It is
-        complete only after all texts have ended."""
+        """Generated texts with log-probabilities, complete after the end. Requires a tap."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -134,8 +131,7 @@ class Generation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """Run the generation. After each step, yield a dict: index of the prompt -> its new tokens. Prompts that ended
-        earlier are missing."""
+        """Run the generation. Each step yields {prompt index: new tokens}."""
         length = max(map(len, self._prompts))
         padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
         tokens_B = self._step(torch.tensor(padded, device=self._decoder.device))
@@ -152,7 +148,7 @@ class Generation:
             self.counts.decode_seconds += time.perf_counter() - began
 
     def _step(self, inputs_BT: Tensor) -> Tensor:
-        """Feed tokens that are not yet in the cache. Returns the next token of every row that has not ended, (B,)."""
+        """Feed uncached tokens. Returns each row's next token, (B,)."""
         logits_BV = self._decoder.logits(self._decoder.hidden(inputs_BT, self._cache)[:, -1])
         self._cache.commit(inputs_BT.size(1))
         p_BV = self._sampler.probabilities(logits_BV)
@@ -161,8 +157,7 @@ class Generation:
         return next_B
 
     def _record(self, tokens_B: Tensor, logits_BV: Tensor, p_BV: Tensor, length: int) -> None:
-        """Record the drawn tokens for the property `drawn`. length: number of positions in this step, including left
-        padding."""
+        """Record tokens for `drawn`. length: positions, including left padding."""
         if self._tap is None:
             return
         tokens_B1 = tokens_B.unsqueeze(1)
@@ -176,7 +171,7 @@ class Generation:
             row.drawn.append((drawn[0], drawn[1], drawn[2]))
 
     def _emit(self, tokens: list[int]) -> dict[int, list[int]]:
-        """Add a token to each row that has not ended, or end the row."""
+        """Add a token to each row, or end the row."""
         found = {}
         for row, token in zip(self._live, tokens, strict=True):
             found[row.index] = [token]
@@ -212,7 +207,7 @@ def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
 
 
 class GenerationOptions(TypedDict, total=False):
-    """Options of a generation. They are keyword arguments of the function `start`."""
+    """Options of a generation: keyword arguments of `start`."""
 
     tokens: Required[int]
     temperature: float
@@ -229,7 +224,7 @@ def start(
     top_p: float = 1.0,
     seed: int = 1,
 ) -> Generation:
-    """Create a generation for these prompts, without starting it.
+    """Create a generation for these prompts.
 
     Raises UserError for a prompt that exceeds the context or is not UTF-8.
     """
@@ -245,8 +240,7 @@ def start(
 
 
 def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions]) -> str:
-    """Return the continuation of a prompt. how: options of the generation, such as `tokens`, the maximum number of
-    tokens."""
+    """Return a prompt's continuation. how: options, such as `tokens`."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():
         got_on()

@@ -1,5 +1,4 @@
-"""Chooses tokens from logits, with temperature and top-p. Every row has its own random number generator, so other rows
-do not affect it.
+"""Chooses tokens from logits, with temperature and top-p. Every row has its own random number generator.
 
 Shapes: B rows, V vocabulary.
 """
@@ -15,14 +14,14 @@ class Sampler:
     """Settings and methods that turn logits into a distribution over tokens."""
 
     vocab_size: int
-    """Number of valid token ids. If the head has more rows, the ids of these rows are never chosen."""
+    """Number of valid token ids; the head may have more rows."""
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Only the most likely tokens can be drawn: the smallest set with a total probability of at least top_p."""
+    """Tokens are drawn from the smallest set with this probability."""
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Return the log-softmax at this temperature before the top-p cut, fp32 (..., V); all 0 at temperature 0."""
+        """Return the log-softmax before the top-p cut; 0 at temperature 0."""
         logits = logits[..., : self.vocab_size]
         return torch.zeros_like(logits) if self.temperature == 0 else (logits / self.temperature).log_softmax(-1)
 
@@ -41,13 +40,12 @@ class Sampler:
 
 
 def uniforms(generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """Return one random number in [0, 1) for each row, (B,), drawn from the row's random number generator."""
+    """Return a random number in [0, 1) for each row, (B,)."""
     return torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
 
 
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
-    """Return for each row the first token at which the cumulative probability exceeds the row's random number in u_B,
-    (B,)."""
+    """Return each row's token at cumulative probability u_B, (B,)."""
     cumulated_BV = p_BV.double().cumsum(-1)  # fp32 would lose rare tokens of a large vocabulary
     targets_B1 = u_B.double().unsqueeze(-1) * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, targets_B1, right=True).squeeze(-1)

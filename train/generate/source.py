@@ -1,4 +1,4 @@
-"""Loads all weights of a model into one process, from a Sluice checkpoint or from a Hugging Face folder."""
+"""Loads a model into one process, from Sluice or Hugging Face files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +41,13 @@ class LoadedModel:
     title: str
     """Short description of the model for the user."""
     words: Path
-    """Folder with the tokenizer, and the chat template if there is one."""
+    """Folder with the tokenizer and any chat template."""
     notes: tuple[str, ...] = ()
     """Further notes for the user."""
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
-    """Load the model of a checkpoint or Hugging Face folder. checkpoint=None: the newest intact checkpoint of the run.
+    """Load the model of a checkpoint or Hugging Face folder. checkpoint=None: the run's newest intact checkpoint.
 
     Raises UserError; field: the configuration key that the error names.
     """
@@ -98,8 +98,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """Return the first token of every text: the begin-of-text token if the folder's tokenizer adds it; otherwise
-    eos."""
+    """Return the first token of every text: begin-of-text or eos."""
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):
         return tokenizer.eos_id

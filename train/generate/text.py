@@ -1,4 +1,4 @@
-"""Converts tokens to text while they are generated, and writes text to a stream."""
+"""Converts tokens to text during generation, and writes text."""
 
 import sys
 from typing import TextIO
@@ -13,8 +13,7 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """Decodes a growing list of tokens into pieces of text that end at complete characters.
 
-    If a byte-level BPE token ends inside a character, the text ends with U+FFFD. `feed` holds this U+FFFD back until
-    the next tokens show whether the character is complete.
+    If a token ends inside a character, `feed` holds this character back until the next tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -22,10 +21,10 @@ class TextStream:
         self._open: list[int] = []
         """Tokens after the last complete character."""
         self._shown = 0
-        """Number of characters that `feed` has already returned from the text of the tokens in `_open`."""
+        """Number of returned characters of the tokens in `_open`."""
 
     def feed(self, ids: list[int]) -> str:
-        """Add tokens, and return the new text up to the last complete character."""
+        """Add tokens; return new text up to the last complete character."""
         self._open += ids
         text = self._tokenizer.decode(self._open)
         if not text.endswith(BROKEN):
@@ -44,7 +43,7 @@ class TextStream:
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Write text and flush it. A terminal gets no control characters; a file gets the model's exact text."""
+    """Write text and flush it. A terminal gets no control characters."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     text = printable(text, encoding) if stream.isatty() else text.encode(encoding, "replace").decode(encoding)
@@ -53,8 +52,7 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 
 def require_utf8(text: str, field: str) -> None:
-    """Raise UserError for a text with bytes that are not UTF-8. Python decodes them as lone surrogates. field: the
-    configuration key that the error names."""
+    """Raise UserError for text that is not UTF-8. field: configuration key."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,10 +1,10 @@
-"""Measures how evenly tokens are distributed to experts. The functions take numpy arrays or torch tensors.
+"""Measures how evenly tokens are distributed to experts, in numpy arrays or torch tensors.
 
 Shape suffixes: L MoE layers (MTP modules last), E routed experts.
 
 MaxVio (paper on loss-free balancing, tables 2 to 4) = (tokens of the busiest expert - mean) / mean. It is 0 for an even
-distribution, and 1 if the busiest expert gets twice the mean. MaxVio of one batch shows the load of the all-to-all.
-MaxVio of the running load, over many steps, shows whether the bias balances the experts.
+distribution. MaxVio of one batch shows the load of the all-to-all. MaxVio of the running load shows whether the bias
+balances the experts.
 """
 
 from collections.abc import Sequence
@@ -15,36 +15,34 @@ import numpy as np
 from train.metrics.names import Record
 
 HORIZON = 100
-"""Time constant of the running load, in steps. The weight of a past step is about exp(-age / HORIZON)."""
+"""Time constant of the running load, in steps."""
 DEAD_STEPS = 20
 """An expert counts as dead after this number of steps without a token.
 
-An average expert of the smallest recipe gets hundreds of tokens in each step. In 20 steps a bias speed of 0.001 changes
-the bias by 0.02. A working router would then select the expert again.
+In 20 steps, a bias speed of 0.001 changes the bias by 0.02, so a working router would select the expert again.
 """
 
 
 class RunningLoad(NamedTuple):
-    """Token counts of past steps. Checkpoints store them, so that metrics continue after a resume."""
+    """Token counts of past steps. Checkpoints store them."""
 
     load_LE: np.ndarray
-    """Sum of token counts, with exponentially smaller weights for older steps. The sum is not divided, because MaxVio
-    does not depend on the scale."""
+    """Sum of token counts, with exponentially smaller weights for older steps."""
     idle_LE: np.ndarray
-    """Number of steps since the expert's last token, or since the start."""
+    """Number of steps since the expert's last token."""
     steps: int
     """Number of steps whose token counts are in `load_LE`."""
 
 
 def max_vio(counts_LE: Any) -> np.ndarray:
-    """Returns MaxVio of each layer, (L,); 0 for a layer without tokens."""
+    """Returns MaxVio of each layer, (L,); 0 without tokens."""
     counts_LE = to_numpy(counts_LE)
     mean_L = counts_LE.mean(axis=1)
     return np.where(mean_L > 0, counts_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1) - 1, 0.0)
 
 
 def load_entropy(counts_LE: Any) -> np.ndarray:
-    """Returns, for each layer, the entropy of the tokens per expert, divided by its maximum log E: (L,).
+    """Returns each layer's entropy of the tokens per expert, divided by its maximum log E: (L,).
 
     It is 1 for an even distribution. It is 0 if one expert gets all tokens, if there are no tokens, or if E = 1.
     """
@@ -56,7 +54,7 @@ def load_entropy(counts_LE: Any) -> np.ndarray:
 
 
 def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
-    """Returns the running load after one more step. running: the load before; None before the first step."""
+    """Returns the running load after one more step."""
     counts_LE = to_numpy(counts_LE)
     if running is None:
         running = RunningLoad(np.zeros_like(counts_LE), np.zeros(counts_LE.shape, np.int64), 0)
@@ -65,16 +63,16 @@ def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
 
 
 def dead_experts(running: RunningLoad) -> np.ndarray:
-    """Returns the number of dead experts in each layer, (L,): experts without a token in the last DEAD_STEPS steps. A
-    shorter run counts all its steps."""
+    """Returns each layer's number of dead experts, (L,)."""
     return (running.idle_LE >= min(DEAD_STEPS, max(1, running.steps))).sum(axis=1)
 
 
 def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running: RunningLoad) -> Record:
     """Returns all balance metrics of a step, by the names of names.py; empty without MoE layers.
 
-    layers: names of the L layers. counts_LE: tokens per expert in the batch of all ranks. bias_LE: balance biases that
-    the step used. running: running load that includes this step.
+    - counts_LE: tokens per expert in the batch of all ranks.
+    - bias_LE: balance biases that the step used.
+    - running: running load that includes this step.
     """
     if not layers:
         return {}
@@ -97,7 +95,7 @@ def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running:
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """Converts a numpy array, nested list or torch tensor to a float64 array."""
+    """Converts an array, nested list or tensor to a float64 array."""
     if hasattr(values, "detach"):
         values = values.detach().to("cpu").double().numpy()
     return np.asarray(values, np.float64)

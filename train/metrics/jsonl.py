@@ -1,8 +1,7 @@
-"""Reads and writes metrics.jsonl. Every other output of a run can be rebuilt from this file.
+"""Reads and writes metrics.jsonl, from which every other output of a run can be rebuilt.
 
-The file has one line for each step. One unbuffered call writes a line, so a killed process loses no written line. If
-the disk is full, a partly written line is removed and held in memory. A resume removes all lines after the resumed
-step.
+The file has one line for each step. A killed process loses no written line. If the disk is full, a partly written line
+is removed and held in memory. A resume removes all lines after the resumed step.
 """
 
 import contextlib
@@ -20,15 +19,14 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
-"""Upper limit of the mean number of expert token counts per line of metrics.jsonl. A step of the 671B model has 16,000
-counts. Above the limit, only every n-th line contains them."""
+"""Maximum mean number of token counts per line."""
 TAIL = 1 << 18
-"""Bytes at the end of the file that are searched for the last steps."""
+"""Bytes at the file's end that `read_last_lines` reads."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """Encodes a record as a line, in the order of train/metrics/names.py, with null for non-finite values."""
+    """Encodes a record as a line, with null for non-finite values."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -36,7 +34,7 @@ def encode_record(record: Record) -> bytes:
 def _plain(value: Any) -> Any:
     """Converts numpy and torch numbers in a value to Python numbers.
 
-    Floats below 1e8 are rounded to 7 significant digits, the precision of fp32. Non-finite numbers become None.
+    Floats below 1e8 are rounded to 7 significant digits. Non-finite numbers become None.
     """
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -54,8 +52,8 @@ def _plain(value: Any) -> Any:
 class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
-    resumed_step: step of the loaded checkpoint, after which lines are removed; 0 for a new run. note: gets a sentence
-    when the disk first refuses a line, and another when all lines are written.
+    - resumed_step: step of the loaded checkpoint, after which lines are removed; 0 for a new run.
+    - note: gets a sentence when the disk first refuses a line, and when all lines are written.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
@@ -117,7 +115,7 @@ def _with_loads_now_and_then(record: Record) -> Record:
 
 
 def _end_of_step(file: Any, step: int) -> int:
-    """Returns the byte offset after the last complete line with a step <= `step`."""
+    """Returns the byte offset after the last line up to `step`."""
     end = 0
     file.seek(0)
     for line in file:
@@ -129,12 +127,12 @@ def _end_of_step(file: Any, step: int) -> int:
 
 
 def read_heads(path: Path) -> Iterator[Record]:
-    """Yields the scalars and events of every intact line, with NaN for null."""
+    """Yields each line's scalars and events, with NaN for null."""
     return (head for head, _ in read_heads_with_loads(path))
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Yields every record without layer values, and whether its line has tokens per expert."""
+    """Yields (record without layer values, whether it has tokens per expert)."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):
@@ -142,8 +140,7 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
 
 
 def read_last_lines(file: Path) -> list[Record]:
-    """Returns the records of complete lines in the last TAIL bytes of metrics.jsonl, oldest first; empty without a
-    file."""
+    """Returns the records in the file's last TAIL bytes, oldest first."""
     return [record for line in read_tail(file, TAIL).splitlines() for record in _parse(line)]
 
 

@@ -1,26 +1,26 @@
-"""Defines the table of metrics: their names in metrics.jsonl, units, meanings, conditions, W&B panels, report curves.
+"""Defines the table of metrics: names in metrics.jsonl, units, meanings, conditions, W&B panels, report curves.
 
-A line of metrics.jsonl is one JSON object. Scalars are first, in the order of the table, before events and layer
-values. A reader can parse only the part before LAYERS_MARK. A metric without a key was not measured in this step. null
-means a non-finite number, because JSON has no NaN.
+A line of metrics.jsonl is one JSON object. Scalars are first, in the order of the table, then events, then layer
+values. A reader can parse only the part before LAYERS_MARK. A missing metric was not measured in this step; null means
+a non-finite number.
 
 MoE layers have the names of their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets
-the scalars, and the layer values that WANDB lists; it writes a layer as `layers_3`.
+the scalars, and the layer values that WANDB lists, with names such as `layers_3`.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""The metrics of one step by name: a number, an event object, or {layer name: number or list}."""
+"""Metrics of one step by name: number, event or {layer name: values}."""
 
 
-# The palette of Okabe and Ito, whose colours people with any colour vision can distinguish.
+# The palette of Okabe and Ito, for people with any colour vision.
 BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
 
 
 class Curve(NamedTuple):
-    """A curve in report.html. figure: key in train/show/figures.py. scale: factor for the values."""
+    """A curve in report.html. figure: its key. scale: factor for values."""
 
     figure: str
     label: str
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
     markers: bool = False
     dash: str = "solid"
     smooth: bool = False
-    """Whether the curve is noisy, and drawn pale with a moving average."""
+    """Whether the curve is drawn pale, with a moving average."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Metric:
     when: str = ""
     """Condition under which a step has the metric; empty: every step."""
     panel: str = ""
-    """Key of the metric's panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
+    """Key of the metric's W&B panel (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
     """Appearance in report.html; None: no curve."""
     log: bool = False
@@ -497,7 +497,7 @@ WANDB = (
 )
 """The layer metrics that are sent to W&B."""
 LAYER_LOAD_EVERY = 10
-"""Interval, in steps, of the histograms of single layers, which need the most space."""
+"""Interval, in steps, of the histograms of single layers."""
 
 LAYERS_MARK = b',"layer_max_vio":'
 """Marks the end of the scalars and events in a line."""
@@ -516,7 +516,7 @@ def table_name(name: str) -> str:
 
 
 def order(name: str) -> tuple[int, int]:
-    """Returns a sort key: the metric's position in a line. Unknown names are a bug."""
+    """Returns a sort key: the metric's position in a line."""
     row = table_name(name)
     assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
     return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0

@@ -1,16 +1,16 @@
-"""Reads and writes starts.json: command, code and machine of each start of a run. The report and W&B show them.
+"""Reads and writes starts.json: command, code and machine of each start of a run.
 
 The file is one JSON list with an object for each start:
     time        Unix time of the command, in seconds
     command     the command, quoted for a shell
     folder      working folder of the command
-    commit      commit of the program's own repository; null without a repository, for example if pip installed it
+    commit      commit of the program's own repository; null without a repository
     modified    whether files of this commit were changed
     machine     machine of rank 0: host, system, device, cores and memory_bytes; absent until rank 0 has started
     ranks       number of ranks
     versions    versions of Python and of the packages that compute, on rank 0
 
-The driver adds an entry, and rank 0 completes it. This file does not import torch, because the driver uses it.
+The driver adds an entry, and rank 0 completes it. This file does not import torch.
 """
 
 import os
@@ -52,7 +52,7 @@ def record_start(folder: Path) -> None:
 
 
 def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
-    """Add this machine to the newest start in starts.json. device: name of the GPU or CPU."""
+    """Add this machine to the newest start. device: GPU or CPU name."""
     if not (starts := read_starts(folder)):
         return  # a user has started this rank by hand
     *before, newest = starts
@@ -89,7 +89,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
 
 
 def ran_on_gpu(folder: Path) -> bool:
-    """Whether the newest start with a recorded machine trained on GPUs; False for older versions."""
+    """Whether the newest start with a recorded machine trained on GPUs."""
     machines = [start["machine"] for start in read_starts(folder) if "machine" in start]
     return bool(machines and machines[-1].get("is_gpu"))
 
@@ -101,7 +101,7 @@ def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path) -> str:
-    """Returns the run's last command without `resume=`, to continue from the newest checkpoint."""
+    """Returns the run's last command without `resume=`."""
     starts = read_starts(folder)
     if not starts:
         return "the same command"
@@ -119,7 +119,7 @@ def typed_words() -> str:
 
 
 def code_version() -> tuple[str | None, bool]:
-    """Returns the commit of this program's repository, or None, and whether its files were changed."""
+    """Returns the commit or None, and whether files were changed."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None, False
     commit = _git("rev-parse", "HEAD")

@@ -1,11 +1,11 @@
 """Finds the peak rate of a device in FLOP/s. MFU is a fraction of this rate.
 
-For data-centre GPUs it is the manufacturer's figure for dense bf16 GEMMs, even if GEMMs run in FP8. The paper does the
-same (ISCA paper 5.1.2: 432 TFLOPS, counted with non-causal attention, are 43.7 % of an H800's 989 TFLOPS). For other
-devices, it is the measured rate of the fastest of a few plain GEMMs, with the kernels of training.
+For data-centre GPUs, it is the manufacturer's figure for dense bf16 GEMMs, even if GEMMs run in FP8. The paper does the
+same (ISCA paper 5.1.2: 432 TFLOPS are 43.7 % of an H800's 989 TFLOPS). For other devices, it is the rate of the fastest
+of a few plain GEMMs.
 
-A measurement on a busy machine is too low, but never too high. Every start measures the rate in about 0.3 s. A cache
-folder stores the highest rate for each kind of device, number of threads, number format and code.
+A measurement on a busy machine is too low, but never too high. A cache folder stores the highest rate for each kind of
+device, number of threads, number format and code.
 """
 
 import json
@@ -27,14 +27,12 @@ NAMED_PEAKS = (
     (r"\bH100\b(?!.*(PCIe|NVL))", 989e12),
     (r"\bA100\b", 312e12),
 )
-"""Manufacturer's figures by pattern of the CUDA device name. PCIe and NVL cards of the H series are slower, and
-measured instead."""
+"""Manufacturer's figures by pattern of the CUDA device name."""
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 MATMUL_TRIES = 3
 PEAK_SECONDS = 0.25
 IMPOSSIBLE = 1e17
-"""A rate in FLOP/s that no device reaches. A higher rate in the cache is damaged. It is ignored, because no measurement
-would replace it."""
+"""A rate that no device reaches; higher cached rates are ignored."""
 
 
 class Peak(NamedTuple):
@@ -47,10 +45,11 @@ class Peak(NamedTuple):
 def peak_flops(
     device: torch.device, dtype: torch.dtype, kernels: Kernels, *, given: float = 0.0, cache: Path | None = None
 ) -> Peak:
-    """Returns `given` (log.peak_flops) if it is set, else the manufacturer's figure, else the highest measured rate.
+    """Returns `given` if it is set, else the manufacturer's figure, else the highest measured rate.
 
-    dtype: format of the GEMMs; FP8 counts as bf16. kernels: compute the GEMMs. cache: folder of the highest rates;
-    None: no cache. If a cached rate cannot be read or written, only the label says so.
+    - dtype: format of the GEMMs; FP8 counts as bf16.
+    - kernels: compute the GEMMs.
+    - cache: folder of the highest rates; None: no cache.
     """
     if given > 0:
         return Peak(given, "log.peak_flops")
@@ -64,7 +63,7 @@ def peak_flops(
 
 
 def named_peak(name: str) -> float | None:
-    """Returns the manufacturer's dense bf16 FLOP/s for a CUDA device name, or None."""
+    """Returns the manufacturer's bf16 FLOP/s of a GPU, or None."""
     return next((flops for pattern, flops in NAMED_PEAKS if re.search(pattern, name) and "MIG" not in name), None)
 
 
@@ -73,7 +72,7 @@ def _format(dtype: torch.dtype) -> str:
 
 
 def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[str, Any]:
-    """Returns the properties of a measurement. Measurements with equal properties are comparable."""
+    """Returns the properties that comparable measurements share."""
     on_cuda, compiled = device.type == "cuda", dtype == torch.bfloat16 and "products" in kernels.parts
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
@@ -84,10 +83,9 @@ def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[st
 
 
 def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
-    """Returns the higher of the cached rate and the new rate `now`. A higher new rate replaces the cached one.
+    """Returns the higher of the cached rate and the new rate `now`, and stores it.
 
-    Each kind of measurement has a file, which is replaced atomically. If two processes write it, the lower rate may
-    remain until a later start.
+    Each kind of measurement has a file, which is replaced atomically.
     """
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
     kept, problem = _read_kept(path, kind)
@@ -102,7 +100,7 @@ def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
 
 
 def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
-    """Returns the cached rate, and the problem if the file is unreadable. Without a file, the rate is 0."""
+    """Returns the cached rate or 0, and any read problem."""
     try:
         found = json.loads(path.read_bytes())
         flops = float(found.pop("flops"))
@@ -118,8 +116,8 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
 def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:
     """Measures the highest rate of square GEMMs of growing size, within about `budget` seconds.
 
-    On a busy machine, threads that wait for each other can be a hundred times slower than one thread. Half of the
-    budget is for all threads, and half for a single thread.
+    Half of the budget is for a single thread, because threads that wait for each other can be far slower on a busy
+    machine.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return _best_rate(device, dtype, kernels, budget)

@@ -30,7 +30,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """Formats the signed relative error of a planned value in percent; empty without a measurement."""
+    """Formats the signed relative error in percent; empty without a measurement."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """Formats a number with three significant digits and a suffix: 1234567 -> 1.23M."""
+    """Formats a number with suffix: 1234567 -> 1.23M."""
     if not math.isfinite(number):
         return str(number)
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -15,11 +15,9 @@ The file is one JSON object:
         seconds          duration
         backward         only for FB: [stage, micro-batch] of the backward; stage and micro_batch belong to the forward
 
-A run writes the file in an early step and again in its last step. It shows the first pipeline (data-parallel rank 0),
-because all pipelines have the same schedule. Each rank starts its clock when it leaves a collective right before the
-step. The clocks differ by about the latency of a message. For two processes on two busy CPU cores, this is 0.2 ms in
-the median and at most 1 ms. On CUDA the collective synchronises the streams of the ranks, and not their clocks on the
-host.
+A run writes the file in an early step and again in its last step, for the first pipeline (data-parallel rank 0). Each
+rank starts its clock when it leaves a collective right before the step. So the clocks differ by about the latency of a
+message. On CUDA, the collective synchronises the ranks' streams, and not their clocks on the host.
 """
 
 import json
@@ -44,12 +42,12 @@ class SampledStep:
 
     @property
     def span(self) -> float:
-        """Seconds from the common start of all ranks to the last rank's end."""
+        """Seconds from all ranks' start to the last rank's end."""
         return max(self.span_seconds)
 
     @property
     def bubble(self) -> float:
-        """Fraction of the ranks' time without an action, from the common start until the last rank finishes."""
+        """Fraction of the ranks' time without an action."""
         busy = sum(action["seconds"] for action in self.actions)
         return 1 - busy / (self.span * len(self.span_seconds))
 

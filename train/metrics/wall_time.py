@@ -1,15 +1,15 @@
 """Splits the wall time of a run, over all its starts, into parts that add up to the total.
 
-For a run with a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). For
-other runs, starts.json gives the time of each start, and metrics.jsonl the time of each step. metrics.jsonl also gives
-three parts that are subtracted from the training time:
+With a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). Other runs use
+the times in starts.json and metrics.jsonl. metrics.jsonl also gives three parts that are subtracted from the training
+time:
 
     data        waiting for data
     stall       waiting for a checkpoint, on disk or in memory
     beside      other work between steps: validation, sampled text, lines of the log
 
-The waits of repeated steps are unknown, because metrics.jsonl loses their first records. If a run without a driver
-moved to another machine, the time of its last step counts as its end.
+The waits of repeated steps are unknown. If a run without a driver moved to another machine, its last step counts as its
+end.
 """
 
 import datetime
@@ -39,7 +39,7 @@ PART_WORDS = {
     "restart": "restarts after a failure",
     "waiting": "waiting for nodes",
 }
-"""The parts of a run's wall time, in display order, with descriptions."""
+"""Parts of a run's wall time and descriptions, in display order."""
 TimeSpan = tuple[float, float]
 
 
@@ -47,8 +47,8 @@ TimeSpan = tuple[float, float]
 class WallTime:
     """The split of a run's wall time.
 
-    seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time in which the run trained. Time
-    with too few ranks is multiplied by the fraction of ranks that ran.
+    - seconds_in: seconds of each part in PART_WORDS.
+    - effective: fraction of the wall time in which the run trained. Time with too few ranks counts in proportion.
     """
 
     seconds_in: dict[str, float]
@@ -60,7 +60,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Returns name, description and share of the wall time for each nonzero part."""
+        """Returns (name, description, share) of each nonzero part."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
@@ -72,8 +72,8 @@ class WallTime:
 def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | None:
     """Splits a run's wall time; None before the first start.
 
-    now: current Unix time, for a run that still trains. By default, a run that trains on this machine uses this
-    machine's time.
+    now: Unix time up to which a run that still trains is counted. By default, it is the current time if the run trains
+    on this machine.
     """
     if now is None and is_held(run_folder):
         now = time.time()
@@ -103,16 +103,18 @@ def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | No
 def _of_starts(
     starts: list[float], heads: list[Record], now: float | None
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
-    """Splits the time of a run without driver events. Returns the seconds of each part, the time intervals of steps
-    that were not repeated, and the number of starts."""
+    """Splits the time of a run without driver events.
+
+    Returns the seconds of each part, the time intervals of steps that were not repeated, and the number of starts.
+    """
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
         until = starts[place + 1] if place + 1 < len(starts) else math.inf
         mine = [head for head in heads if begin <= head.get("time", -1.0) < until]
         last = max([begin, *(head["time"] for head in mine)])
         if until < math.inf:
-            # If a later start repeated the last steps of this start, the first record of that later start has the time
-            # at which this start finished these steps.
+            # If a later start repeated the last steps of this start, that start's first record tells when this start
+            # finished them.
             later = next((head for head in heads if head.get("time", -1.0) >= until), {})
             cut = (later.get("resumed") or {}).get("until") or begin
             last = max(last, cut) if cut < until else last
@@ -130,8 +132,7 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Returns the seconds of `data`, `stall` and `beside` in the time intervals, limited to the time between
-    records."""
+    """Returns the seconds of `data`, `stall` and `beside` in intervals."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])
@@ -145,7 +146,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Yields consecutive records of the same time interval, and the seconds between them."""
+    """Yields consecutive records of an interval, and the seconds between them."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -206,14 +207,13 @@ class GoodputRecord:
 
 
 def last_failure(run_folder: Path) -> str:
-    """Returns the text of the run's last failure; empty if there was none."""
+    """Returns the text of the run's last failure, or ""."""
     texts = [event["text"] for event in read_events(run_folder) if event["kind"] == "failure"]
     return texts[-1] if texts else ""
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """Returns what the report shows of the run's events: a sentence, and a row (time, attempt, event, text) for each
-    event. Returns None if there are no events."""
+    """Returns a sentence, and (time, attempt, event, text) for each event."""
     events = read_events(run_folder)
     if not events:
         return None

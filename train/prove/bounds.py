@@ -1,8 +1,7 @@
-"""Bounds on the difference between two correct computations of the same quantity. If a rank differs from the reference
-by more than the bound, mode=prove fails.
+"""Bounds on the difference between two correct computations, for mode=prove.
 
-u is the unit roundoff of a format: the largest relative error of one rounding. In a chain of n matmuls with K terms per
-sum, errors usually add up to about u sqrt(n K).
+u is the unit roundoff: the largest relative error of one rounding. A chain of n matmuls with K terms per sum usually
+has an error of about u sqrt(n K).
 """
 
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ EXACT = 1e-10
 """Bound of check `exact`, relative to the tensor's largest magnitude."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
 SMALLEST = 2.0**-126
-"""Smallest normal number of fp32 and of bf16. Smaller values lose precision or become 0."""
+"""Smallest normal number of fp32 and of bf16."""
 LOW = ("recipe", "tiles")
 """Checks that compute in the recipe's number formats."""
 MOST = 0.75
-"""Upper limit of a bound in low precision. A missing value has a relative error of 1, so every bound must be below
-1."""
+"""Upper limit of a bound in low precision."""
 ROOM = 8.0
-"""Factor by which norms, softmax and the router's sigmoid may enlarge an error."""
+"""Factor by which nonlinear functions may enlarge an error."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +30,18 @@ class Bound:
 
 
 def chain(model: Model) -> int:
-    """Returns the number of matmuls from a token to the loss and back. Each block has eight per direction: six in
-    attention, two in the FFN."""
+    """Returns the number of matmuls in forward and backward."""
     return 2 * (8 * (model.layers + model.mtp_depth) + 1)
 
 
 def terms(config: Config) -> int:
-    """Returns the number of terms in the longest sum of a step: over a width, the vocabulary or a batch's tokens."""
+    """Returns the length of the longest sum in a step."""
     model = config.model
     return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
 
 
 def computed(proof: str, config: Config) -> Bound:
-    """Returns the bound on errors of outputs, losses and gradients in a check. It covers the rounding errors of the
-    chain of matmuls."""
+    """Returns the bound on rounding errors of outputs, losses and gradients."""
     if proof == "exact":
         return Bound(EXACT, "fp64 rounds by 1e-16, and sums in any order differ by much less than this bound")
     n, K = chain(config.model), terms(config)
@@ -67,16 +63,14 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """Returns the coarsest number format of the recipe, as a key of UNIT. With an FP8 wire format, the result is `e4m3`
-    in every precision, because dispatched rows are rounded to FP8."""
+    """Returns the recipe's coarsest number format; an FP8 wire format counts."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"
 
 
 def averaged(proof: str, config: Config, sequences: int) -> Bound:
-    """Returns the bound on errors of losses. Rounding errors of different tokens are independent, so they partly cancel
-    in the mean."""
+    """Returns the bound on errors of losses, which are means."""
     bound, tokens = computed(proof, config), sequences * config.seq_len
     if not is_rounded(proof, config):
         return bound
@@ -84,11 +78,7 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """Returns the bound on the error of the router's scores. The check accepts different experts if errors within this
-    bound can explain them.
-
-    The slope of a sigmoid is at most 1/4. A softmax score depends on all logits, so the function uses twice this slope.
-    """
+    """Returns the bound on the error of the router's scores."""
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
     slope = 2 if config.model.scores == "softmax" else 4
@@ -99,8 +89,7 @@ def chosen(proof: str, config: Config) -> Bound:
 
 
 def is_rounded(proof: str, config: Config) -> bool:
-    """Returns whether the check computes in a format below fp32. If so, outputs and gradients are compared by their
-    norm."""
+    """Returns whether the check computes in a format below fp32."""
     return proof in LOW and coarsest(config) != "fp32"
 
 

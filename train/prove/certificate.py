@@ -1,4 +1,4 @@
-"""Writes the result of mode=prove to prove.json and card.md, and prints the result on one screen."""
+"""Writes the result of mode=prove to prove.json, card.md and the screen."""
 
 import json
 import math
@@ -48,13 +48,12 @@ VERIFIED = {
         "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
     ),
 }
-"""Maps each verifiable field of card.md to two values: the phases whose comparisons must hold, and the statement that
-these comparisons verify."""
+"""Maps a field of card.md to (phases whose comparisons must hold, statement that they verify)."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""The fields of card.md that mode=prove does not verify, each with a text that explains why."""
+"""Fields of card.md that mode=prove does not verify, with reasons."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -70,7 +69,7 @@ class Certificate:
     name: str
     layout: str
     second_layout: str
-    """The second layout, which resumed from the checkpoint of the first layout, and its number of ranks."""
+    """Layout that resumed from the checkpoint, and its number of ranks."""
     ranks: int
     device: str
     steps: int
@@ -81,11 +80,11 @@ class Certificate:
     differences: Sequence[Difference]
     """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Maps a mechanism, such as clipping, to two counts: how often it acted, and how often it could have acted."""
+    """How often each mechanism, such as clipping, acted and could have."""
     proven: Mapping[str, Any] = field(default_factory=dict)
     """The proven recipe, layout and code; see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
-    """Maps a configuration key to the import path of the user's code. mode=prove does not run this code."""
+    """User's code that mode=prove does not run, by configuration key."""
 
     @property
     def holds(self) -> bool:
@@ -103,12 +102,11 @@ class Certificate:
 
     @property
     def first(self) -> Difference | None:
-        """The failed comparison that is closest to the origin of a fault."""
+        """The failed comparison that is closest to a fault's origin."""
         return first_of(self.differences)
 
     def record(self) -> dict[str, Any]:
-        """Returns the content of prove.json. Errors and bounds are relative. An error that could not be measured is
-        null."""
+        """Returns the content of prove.json. Errors and bounds are relative."""
         return {
             "name": self.name,
             "proven": dict(self.proven),
@@ -158,8 +156,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """States how many numbers a check has compared, and how tight its bounds are, relative to the compared tensor's
-    magnitude."""
+    """How many values a check compared, and how tight its bounds are."""
 
     proof: str
     compared: int
@@ -168,14 +165,14 @@ class Sharpness:
     bit_for_bit: int
     """Number of quantities that had to match bit for bit."""
     sharpest: float | None
-    """The tightest bound on quantities with rounding errors; None if the check has no such quantity."""
+    """The tightest relative bound on rounding errors; None without any."""
     sharpest_quantity: str
     loosest: float | None
     loosest_quantity: str
     does_not_see: str
 
     def text(self) -> str:
-        """Returns text about the number of compared values, and about the tightest and the loosest bound."""
+        """Describes the compared values, and the tightest and loosest bound."""
         left = (
             f"; {self.untold:,} inconclusive, as rounding alone may change them by their own size"
             if self.untold
@@ -191,7 +188,7 @@ class Sharpness:
 
 
 def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
-    """Returns, for every check that ran, how many numbers it compared and how tight its bounds were."""
+    """Returns a `Sharpness` for every check that ran."""
     found = []
     for proof in PROOFS_SAY:
         of_pass = [one for one in verdicts if one.proof == proof]
@@ -217,8 +214,7 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
-    """Returns lines about a check. If comparisons failed, the lines describe the failures. Otherwise, they state what
-    was compared, the bounds and the largest error."""
+    """Returns the failures of a check, or its bounds and largest error."""
     if not verdicts:
         return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
@@ -236,14 +232,13 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of the record in which null replaces infinity and NaN, because JSON has neither."""
+    """Returns a copy with null for infinity and NaN."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
 
 
-# card.md states what a proof has verified and what it has not verified. It is for readers who get the run folder but
-# did not see the screen.
+# card.md states what a proof has verified and what it has not verified.
 
 
 def write_card(certificate: Certificate, folder: Path) -> Path:

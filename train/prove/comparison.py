@@ -1,8 +1,4 @@
-"""Compares values of the ranks with expected values. Each value belongs to a named quantity, such as outputs or losses.
-
-A `DifferenceMeasure` sets the unit of a difference: the tensor's magnitude (`in_size`) or an allowed error per element
-(`in_each`).
-"""
+"""Compares values of the ranks with expected values."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,10 +14,9 @@ from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_
 from train.prove.recipe_values import read_values
 
 MISSING = 1.0
-"""Relative error of a result that is 0 instead of its correct value. Bounds must be smaller, to detect a missing
-tensor."""
+"""Relative error of a missing value. Bounds must be smaller."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
-"""Quantities that are compared by their norm in a check with rounding."""
+"""Quantities that checks with rounding compare by norm."""
 BITS, WHOLE_NUMBERS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
 
 
@@ -29,26 +24,29 @@ class Measurement(NamedTuple):
     """A measured difference, in the unit of its bound."""
 
     errors: Tensor
-    """Error of each element. A failure report names the element with the largest error."""
+    """Error of each element."""
     error: float
     """The error that is compared with the bound."""
     scale: float | None = None
-    """The unit if all elements have the same unit; None if each element has a different unit."""
+    """The unit of all elements; None if their units differ."""
     share: float = 1.0
-    """The unit as a fraction of the magnitude of the compared tensor."""
+    """The unit as a fraction of the compared tensor's magnitude."""
     inconclusive: int = 0
-    """Number of inconclusive elements. In such an element, rounding could hide a fault."""
+    """Number of elements in which rounding could hide a fault."""
     most_inconclusive: float = math.inf
-    """Maximum number of inconclusive elements. If there are more, the comparison fails."""
+    """Maximum number of inconclusive elements. With more, the comparison fails."""
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
-"""A function that measures the difference between the tensors `got` and `want`. Both are flat and in fp64."""
+"""Measures the difference between the flat fp64 tensors `got` and `want`."""
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:
-    """Returns a measure of a difference as a fraction of `scale` (None: the magnitude of the expected tensor). by_norm:
-    magnitudes are root mean squares, otherwise largest absolute values."""
+    """Returns a function that measures a difference as a fraction of `scale`.
+
+    - scale: the unit; None: the expected tensor's magnitude.
+    - by_norm: whether magnitudes are root mean squares; False: largest absolute values.
+    """
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
@@ -58,8 +56,10 @@ def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeas
 
 
 def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
-    """Returns a measure of each element's error as a fraction of its allowed error. before: values before an update. If
-    the update changes an element by no more than its allowed error, the element is inconclusive."""
+    """Returns a function that measures each element's error as a fraction of its allowed error.
+
+    before: values before an update. A change of at most the allowed error is inconclusive.
+    """
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         each, difference = allowed.flatten(), (got - want).abs()
@@ -75,7 +75,7 @@ def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
 
 
 class Comparisons:
-    """The comparisons of one check. Each result is added to the findings, with its part of the run, step and phase."""
+    """Compares the values of one check and collects the results."""
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
         """config: the configuration with which the ranks ran."""
@@ -102,9 +102,11 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare the ranks' value `got` with the expected value `want`. measure: function that measures the
-        difference; None: the function that `in_size` returns. widen: function that returns a wider bound; called if the
-        error exceeds `bound`."""
+        """Compare the ranks' value `got` with the expected value `want`.
+
+        - measure: measures the difference; default: the function that `in_size` returns.
+        - widen: returns a wider bound if the error exceeds `bound`.
+        """
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):
@@ -131,7 +133,7 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Record how often a mechanism, such as clipping, acted. of: number of cases in which it could have acted."""
+        """Record how often a mechanism, such as clipping, acted. of: possible cases."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of
@@ -153,7 +155,7 @@ class Comparisons:
         want: float = math.nan,
         rank: Evidence | None = None,
     ) -> None:
-        """Record a failed comparison for a missing value, or for values that cannot be compared."""
+        """Record a failed comparison of missing or incomparable values."""
         verdict = self._verdict(quantity)
         verdict.worst, verdict.where = math.inf, f"step {self.step}, {name}"
         self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))
@@ -183,6 +185,6 @@ class Comparisons:
 
 
 def size_of(tensor: Tensor, by_norm: bool) -> float:
-    """Returns the root mean square of a tensor (by_norm), or its largest absolute value."""
+    """Returns a tensor's root mean square (by_norm) or largest magnitude."""
     tensor = tensor.detach().double()
     return (tensor.square().mean().sqrt() if by_norm else tensor.abs().max()).item()

@@ -1,10 +1,10 @@
-"""Runs Sluice's own code in fp64: all fp32 tensors become fp64, and nothing else changes.
+"""Runs Sluice's own code in fp64 instead of fp32.
 
-In fp64, the order of a sum changes the result by only about 1e-15 of its terms. So agreement to 1e-10 shows that two
-programs compute the same function.
+The order of an fp64 sum changes the result by only about 1e-15 of its terms. So two programs that agree to 1e-10
+compute the same function.
 
-A torch dispatch mode replaces fp32 by fp64 in all operations below autograd, on all threads of a pipeline. torch's
-grouped matmul does not support fp64, so this file has a plain version.
+A torch dispatch mode replaces fp32 below autograd, on all threads. torch's grouped matmul does not support fp64, so
+this file has a plain version.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Inside the `with` block, new tensors are fp64 instead of fp32. Tensors from outside the block stay fp32."""
+    """Creates fp64 instead of fp32 tensors inside the `with` block."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -45,7 +45,7 @@ def grouped_matmul(
 ) -> Tensor:
     """Computes F.grouped_mm in fp64. `right` has one of two forms:
 
-    stack of matrices    each group of rows of `left` times the matrix of the group
+    stack of matrices    each group of rows of `left` times the group's matrix
     one matrix           each group of columns of `left` times the same group of rows of `right`
     """
     assert offs is not None and bias is None

@@ -1,20 +1,19 @@
-"""Defines the evidence of mode=prove: the tensors and counters that one rank records in one step. Each rank writes a
-safetensors file per step. train/prove/judge.py reads these files.
+"""Defines the evidence of mode=prove: the tensors and counters that one rank records in one step.
 
-The key of a tensor is KIND/NAME, or KIND/NAME/NUMBER for the micro-batch with index NUMBER:
+Each rank writes a safetensors file per step. The key of a tensor is KIND/NAME, or KIND/NAME/NUMBER with the index of
+the micro-batch:
 
-    forward, backward      output of a part of the model, and the gradient of this output, by micro-batch; NAME.ids has the
-                           ids of the chosen experts, and NAME.keys the positions that sparse attention chose
+    forward, backward      output of a model part, and the gradient of this output, by micro-batch; NAME.ids: ids of the
+                           chosen experts; NAME.keys: positions that sparse attention chose
     sent                   inputs and outputs of a dispatcher: NAME/WHAT/NUMBER, see watched_dispatcher.py
     local                  gradient of a weight on this rank, before any reduction
-    sizes                  absolute values of a gradient, summed over micro-batches; only if the gradients of each
-                           micro-batch are reduced separately
-    drawn                  master weights as Sluice initialises them at the start of a run
+    sizes                  absolute values of a gradient, summed over micro-batches that are reduced separately
+    drawn                  initial master weights of a run
     reduced                this rank's shard of a gradient, as the update uses it
-    exact_gradient, exact  only for a matrix that is updated as a whole, in fp64: its clipped gradient; its master
-                           weights and optimizer state after the update
-    logprobs               log-probabilities that the engine returns for the rank's rows, in check loop
-    weights                weights that `Engine.weights` returns on rank 0, under Hugging Face's names
+    exact_gradient         clipped gradient of a matrix that is updated as a whole, in fp64
+    exact                  master weights and optimizer state of such a matrix after the update, in fp64
+    logprobs               log-probabilities of the rank's rows from the engine, in check loop
+    weights                weights from `Engine.weights` on rank 0, under Hugging Face's names
     after                  master weights, moments, averages and biases after the step; in step 0, before the first step
 """
 
@@ -44,10 +43,9 @@ from train.model.router import Router
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 State = dict[str, Tensor]
-"""Maps names to complete fp64 tensors: master.NAME for master weights, STATE.NAME for optimizer state, ema.NAME for
-averages, and bias.LAYER for biases."""
+"""Maps names to complete fp64 tensors: master.NAME, ema.NAME, bias.LAYER, or STATE.NAME for optimizer state."""
 EVIDENCE = "evidence"
-"""Name of the folder for the tensors that the ranks record. It is inside the proof's folder."""
+"""Subfolder of the proof's folder for the recorded tensors."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
 
 
@@ -58,9 +56,9 @@ class StepInfo:
     proof: str
     """The check: exact, loop, fp32, recipe or tiles."""
     part: int
-    """Part of the run: 0 for the first part, 1 for the part that resumes from the checkpoint in another layout."""
+    """Part of the run: 0 before the resume, 1 after it."""
     step: int
-    """Number of the step, from 1; 0 for the state before the first step."""
+    """Number of the step; 0: state before the first step."""
     rank: int
     layout: str
     device: str
@@ -84,7 +82,7 @@ class StepInfo:
     grad_norm: float = 0.0
     applied: bool = True
     sums_in_fp32: bool = False
-    """Whether a weight gradient of bf16 operands is added to its fp32 sum without rounding to bf16 first."""
+    """Whether weight gradients are summed without rounding to bf16 first."""
     validation_loss: float | None = None
     updates: int = 0
     samples: int = 0
@@ -93,19 +91,18 @@ class StepInfo:
 
 @dataclass
 class Evidence:
-    """The tensors, settings and counters that one rank recorded in one step."""
+    """What one rank recorded in one step."""
 
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """Maps the key of each shard to two values: the index of the shard's first element in the flattened complete
-    tensor, and the shape of the complete tensor."""
+    """Index of each shard's first element in the flattened tensor, and the complete tensor's shape."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.add_seen({f"{kind}/{name}": tensor})
 
     def add_seen(self, seen: dict[str, Tensor]) -> None:
-        """Add copies of tensors. seen: maps complete keys, such as KIND/NAME, to tensors."""
+        """Add copies of tensors. seen: maps keys, KIND/NAME, to tensors."""
         self.tensors |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in seen.items()}
 
     def add_shard(self, kind: str, name: str, shard: Shard) -> None:
@@ -119,14 +116,13 @@ class Evidence:
                 yield key.removeprefix(f"{kind}/"), tensor
 
     def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """Yields all tensors of a kind that has one tensor per micro-batch, as (name, index of the micro-batch,
-        tensor)."""
+        """Yields all tensors of a kind as (name, micro-batch, tensor)."""
         for key, tensor in self.of_kind(kind):
             name, number = key.rsplit("/", 1)
             yield name, int(number), tensor
 
     def rows(self, number: int) -> slice:
-        """Returns this rank's rows of micro-batch `number`, as a slice of the step's batch."""
+        """Returns this rank's rows of a micro-batch in the step's batch."""
         first = self.info.first + number * self.info.micro_batch_size
         return slice(first, first + self.info.micro_batch_size)
 
@@ -150,8 +146,7 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """Yields the tensors that the ranks recorded in a check, as (part of the run, step, evidence of all ranks). Each
-    file is read only when its step is reached."""
+    """Yields each step as (part of the run, step, all ranks' evidence)."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -161,7 +156,7 @@ def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evi
 
 
 def assemble(ranks: list[Evidence], kind: str) -> State:
-    """Joins the shards of all ranks into complete fp64 tensors. An element that no rank has is NaN."""
+    """Joins all ranks' shards into complete fp64 tensors, with NaN for gaps."""
     found: State = {}
     for rank in ranks:
         for name, tensor in rank.of_kind(kind):
@@ -172,8 +167,7 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
-    """Maps the name of each part of the model to the part's calls on all ranks. A call is (evidence of the rank, index
-    of the micro-batch, tensor)."""
+    """Maps a model part to its calls, as (evidence, micro-batch, tensor)."""
     found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
     for rank in ranks:
         for name, number, tensor in rank.calls_of_kind(kind):
@@ -182,20 +176,21 @@ def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evid
 
 
 def count_keys(keys_BTK: Tensor, length: int) -> Tensor:
-    """Returns how often a query chose each key, fp64 (B, T, length). A value of -1 in keys_BTK means no key."""
+    """Returns how often each query chose each key, fp64 (B, T, length)."""
     counts = torch.zeros(*keys_BTK.shape[:2], length, dtype=torch.float64)
     return counts.scatter_add_(-1, keys_BTK.long().clamp(min=0), (keys_BTK >= 0).double())
 
 
 def depth_of(name: str) -> int:
-    """Returns the MTP depth of an output from its name; 0 for the main model."""
+    """Returns the MTP depth of an output; 0: main model."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """Returns the positions of a sequence that a rank computes, at an MTP depth (0: the main model). Context
-    parallelism cuts a sequence into 2 cp pieces. Each rank computes one piece of the first half and one of the second
-    half."""
+    """Returns the positions of a sequence that a rank computes at an MTP depth.
+
+    With context parallelism, a rank has one piece of each half of the sequence.
+    """
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))
@@ -204,16 +199,13 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 
 
 class EvidenceWatch:
-    """Records the outputs of the model's parts, and the gradients of these outputs, during training.
-
-    A chunk computes the micro-batches in order, so the number of its earlier calls is the index of the micro-batch.
-    """
+    """Records outputs of model parts and the outputs' gradients."""
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
-        """sent: whether to record the inputs and outputs of the dispatchers while `keeps_sent` is True."""
+        """sent: whether to record also the dispatchers' inputs and outputs."""
         self.keeps_sent = True
         self.is_open = True
-        """False while a step is repeated only to diagnose an error. Then nothing is recorded."""
+        """False while a step is repeated only to diagnose an error."""
         self.spoils = False
         """Whether to set one element of the next gradient to NaN."""
         self.seen: dict[str, Tensor] = {}
@@ -239,7 +231,7 @@ class EvidenceWatch:
             dispatcher.start_step()
 
     def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
-        """Replaces the method by which a layer chooses the keys for its queries. choose: the original method."""
+        """Replaces a layer's choice of keys. choose: the original method."""
         index, keys_BTK = choose(*given)
         if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
             number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1

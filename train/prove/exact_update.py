@@ -1,6 +1,6 @@
 """Repeats updates of complete matrices, such as Muon's, in fp64, with the run's optimizer code, shards and groups.
 
-In fp32, rounding errors in directions with a small singular value could hide a fault.
+In fp32, rounding errors could hide a fault.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from train.prove.evidence import Evidence
 
 
 class ExactUpdates:
-    """Repeats this rank's updates of complete matrices in fp64, and keeps the results of one step."""
+    """Repeats this rank's updates of complete matrices in fp64."""
 
     def __init__(self, config: Config, zero: Zero):
         self._config, self._zero = config, zero

@@ -1,4 +1,4 @@
-"""Defines the findings of mode=prove: one verdict per check and compared quantity, and all failed comparisons."""
+"""Findings of mode=prove: verdicts per check and quantity, and failed comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ class Difference:
     phase: str
     quantity: str
     name: str
-    """Name of the tensor, or of the model part that computed it."""
+    """Name of the tensor or of its model part."""
     rank: int | None
-    """The rank that computed the tensor; None if the tensor was assembled from all ranks."""
+    """The rank that computed the tensor; None: all ranks together."""
     got: float
     want: float
     error: float
@@ -36,15 +36,14 @@ class Difference:
 
 
 WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "chosen experts", "loads")
-"""Quantities of the complete model. In low precision, a fault may first be detected in a quantity far from the fault's
-origin."""
+"""Quantities of the complete model, which may show distant faults."""
 
 
 def first_of(differences: Sequence[Difference]) -> Difference | None:
-    """Returns the failed comparison that is closest to the origin of a fault.
+    """Returns the failed comparison that is closest to a fault's origin.
 
-    differences: failed comparisons, in the order of the computation. In low precision, a difference in a single part
-    takes precedence, because bounds on the complete model are wide.
+    differences: failed comparisons, in the order of the computation. In low precision, differences in single parts take
+    precedence.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
@@ -73,14 +72,17 @@ class ProofVerdict:
     reason: str = ""
     failed: int = 0
     untold: int = 0
-    """Number of inconclusive elements. Rounding alone may change them by their full magnitude."""
+    """Number of elements that rounding alone may change completely."""
     sharpest: float = math.inf
     loosest: float = 0.0
-    """The smallest and the largest bound that were applied, relative to the magnitude of the compared tensor."""
+    """The smallest and the largest bound, relative to the compared tensor."""
 
     def take(self, error: float, bound: Bound, numbers: int, inconclusive: int, unit: float, where: str) -> None:
-        """Add one comparison. numbers: number of compared elements. unit: the bound's unit, relative to the magnitude
-        of the compared tensor."""
+        """Add one comparison.
+
+        - numbers: number of compared elements.
+        - unit: the bound's unit, relative to the compared tensor's magnitude.
+        """
         share = bound.value * unit
         self.compared, self.untold = self.compared + numbers - inconclusive, self.untold + inconclusive
         self.sharpest, self.loosest = min(self.sharpest, share), max(self.loosest, share)
@@ -101,15 +103,15 @@ class ProofFindings:
     differences: list[Difference] = field(default_factory=list)
     """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Maps a mechanism, such as clipping, to two counts: how often it acted, and how often it could have acted."""
+    """How often each mechanism, such as clipping, acted and could have."""
     device: str = "cpu"
     """Device type of the ranks: cpu or cuda."""
     second_layout: str = ""
-    """The layout that resumed from the checkpoint, and its number of ranks."""
+    """Layout that resumed from the checkpoint, and its number of ranks."""
 
 
 def together(passes: Sequence[ProofFindings]) -> ProofFindings:
-    """Joins the findings of several checks, in the order of the checks."""
+    """Joins the findings of several checks, in order."""
     findings = ProofFindings()
     for one in passes:
         findings.verdicts |= one.verdicts
@@ -120,5 +122,5 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
 
 
 def share_of_bound(error: float, bound: float) -> float:
-    """Returns the error as a fraction of the bound. The result is infinite if the bound is 0 and the error is not 0."""
+    """Returns error / bound; infinite if only the bound is 0."""
     return error / bound if bound else (math.inf if error else 0.0)

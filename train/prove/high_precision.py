@@ -1,9 +1,6 @@
-"""Reference for the parts that every recipe computes in bf16 or fp32 (paper 3.3.1): norms, attention, output head and
-router.
+"""Reference for norms, attention, output head and router, which every recipe computes in bf16 or fp32 (paper 3.3.1).
 
-The inputs are the recorded inputs of the rank. All arithmetic is in fp64, with rounding only where the recipe stores a
-result. A `Total` (train/prove/low_precision.py) also has the sum of the terms' magnitudes, because rounding errors are
-proportional to this sum.
+The inputs are the rank's recorded tensors. Arithmetic is in fp64, with rounding only where the recipe stores a result.
 
 Shapes: as in train/prove/reference.py; N rows.
 """
@@ -24,7 +21,7 @@ from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Total:
-    """Returns x divided by its root mean square, times the norm weight."""
+    """Returns x divided by its root mean square, times norm weight."""
     made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
     return Total(made, made.abs(), None)
 
@@ -44,8 +41,7 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def softmax_scale(config: Values) -> float:
-    """Returns the factor of attention scores: 1 / sqrt(width of queries). With YaRN, it is multiplied by the square of
-    the mscale term (paper 4.3)."""
+    """Returns the factor of attention scores, including YaRN's (paper 4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
     if stretched(model, config.seq_len) and model.yarn.factor > 1:
@@ -54,8 +50,7 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """Returns a mask (1 or B, 1, T, T), True for keys that a query must not attend to: later keys, and keys of other
-    documents."""
+    """Returns a mask (1 or B, 1, T, T) of later keys and other documents' keys."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
         return later
@@ -71,13 +66,13 @@ class AttentionSlopes(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Total:
-    """Computes softmax(scale q k^T) v, (B, H, T, ...). unseen: True for keys that a query must not attend to."""
+    """Computes softmax(scale q k^T) v, (B, H, T, ...). unseen: forbidden keys."""
     p, off = _shares(q, k, scale, unseen)
     return Total(p @ v, p @ v.abs(), off @ v.abs())
 
 
 def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns softmax(scale q k^T), and its possible error if the scores are summed in fp32."""
+    """Returns softmax(scale q k^T), and its possible error."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
     off = 8 * FP32 * q.size(-1) ** 0.5 * scale * (q.abs() @ k.abs().mT)
     return p, p * (off + (p * off).sum(-1, keepdim=True))
@@ -86,7 +81,7 @@ def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor,
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
 ) -> AttentionSlopes:
-    """Computes the gradients of attention. out: the output of attention on the rank. dout: the gradient of `out`."""
+    """Computes the gradients of attention, from its output and output gradient."""
     p, off = _shares(q, k, scale, unseen)
     ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
     sizes = scale * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
@@ -99,16 +94,14 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Returns the factor by which the query at each of these positions is multiplied, as in Llama 4, fp64 (T, 1).
-    Without yarn.query_growth, all factors are 1."""
+    """Returns the factor on each position's query, as in Llama 4, fp64 (T, 1)."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
 
 
 def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
-    """Rotates adjacent pairs of x (..., T, R) by the angles of their positions. back: rotates in the opposite
-    direction."""
+    """Rotates adjacent pairs of x (..., T, R) by their positions' angles."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
     size = model.yarn.attention_factor if stretched(model, config.seq_len) else 1.0
@@ -117,8 +110,7 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
 
 
 def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
-    """Returns the smallest error of the index scores that would explain a rank's choice of keys. It is 0 for the top_k
-    best keys. Scores of forbidden keys are -inf."""
+    """Returns the smallest index score error that explains a rank's keys."""
     kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
     worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
     behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # if a query sees fewer than top_k keys
@@ -129,7 +121,7 @@ def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
 
 
 class HeadSlopes(NamedTuple):
-    """The loss, and the loss's gradients with respect to the states and the weight."""
+    """The loss, and its gradients with respect to states and weight."""
 
     loss: Total
     x: Total
@@ -141,7 +133,7 @@ def head(
 ) -> HeadSlopes:
     """Returns the loss sum(-log softmax(x W^T)[target]) / positions, and its gradients.
 
-    order: possible error due to the order of a sum, relative to the sum of its terms' magnitudes.
+    order: possible error due to summation order, relative to the sum of the terms' magnitudes.
     """
     summed = matmul(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
@@ -153,8 +145,7 @@ def head(
         each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
-    # An error of a logit changes the logit's own probability by p (1 - p) times the error, and all other probabilities
-    # in the opposite direction.
+    # An error e of a logit changes its own probability by p (1 - p) e, and all others in the opposite direction.
     p_off = p * ((1 - p) * off + (mean_off - p * off))
     made = rounded(NearNumbers(slopes, p_off / positions), high, CURVED * (p + (slopes < 0)) / positions)
     return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))
@@ -171,20 +162,20 @@ class RouterSlopes(NamedTuple):
 
 
 def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
-    """Returns the scores, and the sum of magnitudes of the terms in each logit: (B, T, E)."""
+    """Returns the scores, and each logit's summed term magnitudes: (B, T, E)."""
     logits_BTE = x_BTD @ weight_ED.T
     return logits_BTE.softmax(-1) if softmax else logits_BTE.sigmoid(), x_BTD.abs() @ weight_ED.abs().T
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """Returns the gates of these experts. An error e of the logits causes a relative error of at most 2 e in a gate."""
+    """Returns the gates of these experts. An error e of the logits changes a gate by at most the fraction 2 e."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
 
 
 def among_best(scores_BTE: Tensor, top_k: int) -> Tensor:
-    """Returns 1 for each expert that is among the top_k best scores without bias, else 0, (B, T, E)."""
+    """Returns 1 for the top_k best experts without bias, else 0, (B, T, E)."""
     return F.one_hot(best(scores_BTE, top_k), scores_BTE.size(-1)).sum(2).double()
 
 
@@ -200,8 +191,8 @@ def route_back(
 ) -> RouterSlopes:
     """Computes the gradients of the router's input and weight.
 
-    balance_BTE: derivative of the balance loss with respect to an expert's fraction of a token's summed scores.
-    off_B1E: possible error of this derivative.
+    - balance_BTE: derivative of the balance loss with respect to an expert's fraction of the scores.
+    - off_B1E: possible error of this derivative.
     """
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
@@ -231,8 +222,7 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """Returns the smallest error of the scores that would explain a rank's choice of experts; 0 for the reference's
-    choice."""
+    """Returns the smallest score error that explains a rank's choice of experts."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
     open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
@@ -242,8 +232,7 @@ def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
         least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
         behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
         excess = behind_NK.max().item() / (2 * count)
-        # If scores may have the error `excess`, a group is certainly chosen only if its score is this far above the
-        # limit.
+        # With errors up to `excess`, a group is certainly chosen only this far above the limit.
         open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
     inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
     kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]

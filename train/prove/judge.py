@@ -1,22 +1,17 @@
 """Compares the tensors and counters that the ranks recorded with the reference (train/prove/reference.py).
 
-Every step is judged separately: the reference starts from the ranks' state after the previous step. So each bound
-applies to one step.
+Each step starts from the ranks' state after the previous step, so a bound applies to one step. The comparisons follow
+the order of the computation, so the first failed comparison shows the origin of a fault:
 
-The comparisons follow the order of the computation. So the first failed comparison shows the origin of a fault:
+    start          the state equals the initial or the saved state, bit for bit               judge_state.py
+    forward        outputs of all parts, losses, tokens per expert                            judge_model.py
+    backward       gradients of outputs and weights, from the last part to the first          judge_model.py
+    reduction      sums of gradients over micro-batches and ranks                             judge_gradients.py
+    update         gradient norm, master weights, moments, average of the weights, biases     judge_update.py
+    validation     loss on held-out sequences                                                 judge_model.py
+    checkpoint     the files contain the state after the checkpoint's step, bit for bit       judge_state.py
 
-    start          the state equals the proof's initial state or the saved state, bit for bit          judge_state.py
-    forward        outputs of all parts, first to last; losses; tokens per expert                      judge_model.py
-    backward       from the last part to the first: the gradient that reaches a part's output,
-                   then the gradients of the part's weights
-    reduction      sums of gradients over micro-batches and ranks                                      judge_gradients.py
-    update         gradient norm, master weights, moments, average of the weights, biases; a step
-                   whose gradient is not finite must change none of them                               judge_update.py
-    validation     loss on held-out sequences
-    checkpoint     the files contain the state after the checkpoint's step, bit for bit                judge_state.py
-
-In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) are judged before the
-complete model.
+In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) come first.
 
 Shapes: as in train/prove/reference.py.
 """
@@ -67,8 +62,8 @@ from train.prove.step_parts import StepParts
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
     """Judges the checks `proofs` (None: all) after the ranks have ended.
 
-    at_a_time: number of checks that are judged at the same time. If it is above 1, forks of this process judge the
-    checks, and this process must not have computed with torch before.
+    at_a_time: number of checks to judge at a time. Above 1, this process forks, so it must not have computed with
+    torch.
     """
     given = [*PROOFS] if proofs is None else proofs
     if at_a_time == 1:
@@ -88,17 +83,17 @@ class Judge:
     """Judges one check."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
-        """config: the configuration of the ranks. folder: the folder with the tensors that the ranks recorded."""
+        """config: the ranks' configuration. folder: folder with their recorded tensors."""
         self.at, self.job, self._folder = Comparisons(proof, config, findings), config, folder
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
         self.losses: dict[int, float] = {}
-        """Maps each step of the run's first part to its validation loss."""
+        """Validation loss by step, in the run's first part."""
         self.run: RunPart | None = None
         """The part of the run that contains the current step."""
 
     def judge(self) -> None:
-        """Judge all steps of the check. Ends early if the state after a step cannot be compared or is not finite."""
+        """Judge all steps, up to an incomparable or non-finite state."""
         at, before, saved = self.at, None, None
         if at.proof == "loop":
             judge_loop(at, self._folder)
@@ -146,8 +141,7 @@ class Judge:
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:
-        """Judge only single parts and dispatched rows, with the recorded weights of the ranks. Returns the state after
-        the step."""
+        """Judge only single parts and dispatched rows. Returns the next state."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
             self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
@@ -169,7 +163,7 @@ class Judge:
         return got
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
-        """Judge one step. Returns the state after it; None if later steps cannot be compared."""
+        """Judge one step. Returns the next state; None ends the check."""
         at, exact = self.at, self.at.proof == "exact"
         plan = replace(reference_step.plan_step(at.values, at.step), first_sample=self.tally.samples)
         at.phase = "settings"
@@ -213,8 +207,7 @@ class Judge:
         return after
 
     def judge_skip(self, ranks: list[Evidence], before: State, batch_size: int) -> State:
-        """Judge a step that was skipped because a gradient is not finite. On all ranks, only the position in the data
-        may change."""
+        """Judge a skipped step. Only the position in the data may change."""
         self.at.phase = "update"
         self._count(ranks, batch_size, False, "a gradient that is not finite on one rank skips the step on all")
         after = judge_same(self.at, "state after a skipped step", ranks, before)
@@ -230,8 +223,7 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _is_best(self) -> bool | None:
-        """Returns whether the state after this step has the lowest validation loss so far. Returns None if
-        checkpoint.keep_best is off, if this is the second part of the run, or if there is no validation loss yet."""
+        """Returns whether this step has the lowest validation loss so far, or None."""
         if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
             return None
         is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step
@@ -239,14 +231,13 @@ class Judge:
         return is_best
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss, if the step has one. The last step of each part of the run has a validation loss.
-        With checkpoint.keep_best, every step of the first part has one."""
+        """Judge the validation loss, if the step has one."""
         if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf
 
     def _plain(self, state: State) -> PlainModel:
-        """Returns the reference model with these weights. With an adapter, it also has the frozen base weights."""
+        """Returns the reference model with these weights and any base weights."""
         config = self.at.config
         base = initial_weights(config) if config.adapter.on else {}
         masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}

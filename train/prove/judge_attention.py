@@ -1,8 +1,7 @@
 """Compares each rank's attention with the reference, including the rotation of queries and keys.
 
-Without context parallelism, a rank records the inputs and outputs of attention. With context parallelism, a rank has
-only the queries of its own positions, and computes all keys and values from received latents. So the judge recomputes
-keys and values from the recorded outputs of the linear layers.
+With context parallelism, a rank records no keys and values. The judge recomputes them from the recorded outputs of the
+linear layers.
 
 Shapes: as in train/prove/reference.py; L positions of a complete sequence, T positions of a rank.
 """
@@ -22,12 +21,11 @@ from train.prove.low_precision import FORMATS, Total
 from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 
 SCORES = 4 * 2.0**-9
-"""Bound on the relative error of attention in bf16: four roundings of at most 2^-9 each. Kernels may round
-probabilities and their gradients. With context parallelism, each block's result and the sum are rounded too."""
+"""Relative error of attention in bf16: four roundings of at most 2^-9."""
 
 
 OVERFLOW = 88.8
-"""In fp32, the exponential of any number above this limit is infinite."""
+"""The fp32 exponential of any larger number is infinite."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,11 @@ class AttentionCall:
     """Attention of one micro-batch on one rank."""
 
     call: PartCall
-    """The call that recorded the output of attention. With context parallelism, it is the call of the output
-    projection, whose input is this output."""
+    """Call whose tensor is attention's output."""
     what: str
     """Name under which the call recorded the output of attention."""
     out: PartCall | None
-    """The call of the output projection; None if no gradients went through it."""
+    """Call of the output projection; None if it got no gradient."""
     q: Tensor
     k: Tensor
     v: Tensor
@@ -54,8 +51,7 @@ class AttentionCall:
 
 
 def judge_attention(step: StepParts, name: str) -> None:
-    """Judge the outputs of attention. If the ranks have complete sequences, also judge the rotation of queries and
-    keys."""
+    """Judge attention's outputs, and the rotation in complete sequences."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
@@ -75,8 +71,8 @@ def judge_attention_back(step: StepParts, name: str) -> None:
         dout = "dx" if shared else "dy"
         if one.out is None or not one.call.has(dout):
             continue
-        # The output of attention is the input of the output projection. It is saved only once, in the projection's
-        # format, and backward of attention reads this saved tensor (paper 3.3.3).
+        # Attention's output is saved only once, as the output projection's input. Attention's backward reads this
+        # tensor (paper 3.3.3).
         kept = low.kept(one.out.rows("x"), step.rounding.output.kept).x.view(one.out.tensors["x"].shape)
         slopes = high.attend_back(
             one.heads(one.call.get(dout)), one.q, one.k, one.v, _heads_of(kept, one.q.size(1)), scale, one.unseen
@@ -120,8 +116,7 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Judge queries, keys and values. Queries and rope keys must be rotated by their positions, and all heads must have
-    the same rope key."""
+    """Judge heads: rotation by position, and one rope key for all."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")
@@ -144,8 +139,7 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
 
 
 def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
-    """Returns the queries of these positions before the rotation. With yarn.query_growth, they are multiplied by the
-    factor of their position and rounded once more."""
+    """Returns the queries before the rotation, multiplied by yarn.query_growth's factors."""
     if not step.config.model.yarn.query_growth:
         return q_BHTQ
     return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
@@ -155,7 +149,7 @@ def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
-    """Yields the calls of attention, one for every micro-batch on every rank."""
+    """Yields one call of attention per micro-batch and rank."""
     model, high_format, depth = step.config.model, step.rounding.high, depth_of(name)
     heads, nope, length = model.heads, model.nope_head_dim, step.config.seq_len - depth
     for rank in step.ranks:
@@ -174,8 +168,7 @@ def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _blocks(step: StepParts, name: str, rank: Evidence, number: int) -> list[PartCall]:
-    """Returns the calls of kv_up that computed the keys and values of micro-batch `number`. There is one call for every
-    block of positions."""
+    """Returns the calls of kv_up in a micro-batch, one per block."""
     blocks, calls = 2 * step.cp, step.through(f"{name}.kv_up", rank, back=False)
     if f"{name}.indexer.q" in step.calls:  # the indexer's loss repeats these calls
         calls = [one for at, one in enumerate(calls) if not any(_is_same(one, other) for other in calls[:at])]
@@ -187,7 +180,7 @@ def _is_same(one: PartCall, other: PartCall) -> bool:
 
 
 def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: int) -> Tensor:
-    """Returns the rotated rope keys of all positions, (B, L, R), from all ranks that share the sequences."""
+    """Returns the rotated rope keys of all positions, (B, L, R)."""
     whole = None
     for mate in (mate for mate in step.ranks if mate.info.dp_rank == rank.info.dp_rank):
         if calls := step.through(f"{name}.kv_down", mate):
@@ -201,8 +194,7 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Judge the gradients of a rank's queries. Also judge how much these queries contribute to the gradients of each
-    block of keys and values."""
+    """Judge queries' gradients, and their contributions to gradients of keys and values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
     dq, size, off = slopes.q.x * grown, slopes.q.size * grown, low.slack(slopes.q) * grown

@@ -1,11 +1,9 @@
 """Judges gradients that are summed over micro-batches and over ranks.
 
-Every recipe computes these sums in fp32 (paper 3.3.1). So each element of a reduced gradient must match within fp32
-rounding.
+Every recipe sums them in fp32 (paper 3.3.1). So each element must match within fp32 rounding.
 
-A rank records only the total of a gradient over its micro-batches. The code here tests whether the total was summed in
-fp32. A total in fp32 has few elements that are exact in bf16. A total of one micro-batch is not tested, because it may
-be a matmul result in bf16. train/prove/judge_matmuls.py judges the values.
+A rank records only its total over micro-batches. A test rejects a total with mostly bf16 values. It skips a total of
+one micro-batch, which may be a bf16 matmul result.
 """
 
 import re
@@ -20,15 +18,14 @@ from train.prove.evidence import Evidence, State, assemble, depth_of
 from train.prove.reference_step import rate_of
 
 MORE = 4
-"""Number of roundings in a sum over ranks, in addition to one rounding per term. Divisions and the second gradient of a
-tied embedding cause them."""
+"""Number of roundings in a sum over ranks, besides its terms."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""MOST_IN_BF16: maximum fraction of elements of an fp32 sum that may be exact in bf16. ENOUGH: minimum number of
+"""MOST_IN_BF16: maximum fraction of an fp32 sum's elements that may be exact in bf16. ENOUGH: minimum number of
 elements for a conclusive test."""
 
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Test that gradients were summed over micro-batches in fp32, for weights that process every token."""
+    """Test that gradients were summed over micro-batches in fp32."""
     why = "fraction of numbers that are exact in bf16: few for sums in fp32, all for sums in bf16"
     for rank in ranks:
         came: Counter[str] = Counter()
@@ -44,7 +41,7 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the reduced gradients, which are sums over the ranks of a pipeline stage."""
+    """Judge the sums of gradients over the ranks of a stage."""
     shapes, info = reference.trained_shapes(at.values), ranks[0].info
     reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
     sizes = sum_over_ranks(ranks, shapes, signs=False)
@@ -63,16 +60,15 @@ def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _is_by_micro_batch(rank: Evidence) -> bool:
-    """Returns whether the gradients of each micro-batch were reduced separately, as at ZeRO stage 3."""
+    """Returns whether each micro-batch's gradients were reduced separately (ZeRO stage 3)."""
     return any(True for _ in rank.of_kind("sizes"))
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Returns how many micro-batches contribute to the gradient of a weight. A micro-batch contributes if the smallest
-    recorded part with this weight gets a non-zero gradient. For the head, the function adds the numbers of the final
-    norm and of the last MTP module. In a warm-up of indexers, no part has a gradient, so the result is 1.
+    """Returns how many micro-batches contribute to the gradient of a weight.
 
-    came: maps each recorded part to its number of micro-batches with a non-zero gradient.
+    came: maps a recorded part to its number of micro-batches with a non-zero gradient. The smallest part with the
+    weight counts. For the head, the final norm and the last MTP module count.
     """
     if weight.startswith("head."):
         depths = sorted((part for part in came if re.fullmatch(r"mtp\.\d+", part)), key=depth_of)
@@ -83,10 +79,9 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """Returns the mean of the local gradients over the ranks of a pipeline stage, without Sluice's reduction.
+    """Returns the mean of the local gradients over the ranks of a pipeline stage.
 
-    signs: whether gradients keep their signs. If False, the result is the mean of absolute values (of the recorded
-    `sizes`, if a rank recorded them).
+    signs: if False, the mean of absolute values (of `sizes`, if recorded).
     """
     found: State = {}
     for rank in ranks:

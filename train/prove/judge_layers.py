@@ -1,4 +1,4 @@
-"""Judges the bf16 and fp32 parts around the linear layers: embedding, norms, residual sums, output head and routers."""
+"""Judges embedding, norms, residual sums, output head and routers."""
 
 from collections.abc import Iterator
 
@@ -18,10 +18,9 @@ from train.prove.step_parts import ELEMENTS, MOST_INCONCLUSIVE, PartCall, StepPa
 HALF = 2.0**-9
 """Largest relative error of rounding a number to bf16."""
 MOST_INCONCLUSIVE_ADAPTED = 0.2
-"""Maximum fraction of inconclusive elements in the input gradient of an output head with LoRA. One logit near a
-rounding tie makes a complete row inconclusive."""
+"""Maximum fraction of inconclusive input gradients of a head with LoRA."""
 SPLIT = 2.0**-15
-"""Relative error of a router's gradient on a GPU, which splits each fp32 operand into two bf16 numbers."""
+"""Relative error of a router's gradient on a GPU."""
 NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
 
 
@@ -70,7 +69,7 @@ def judge_embedding(step: StepParts, name: str) -> None:
 
 
 def judge_embedding_back(step: StepParts, name: str) -> None:
-    """Judge the gradient of the embedding table. A row's gradient is the fp32 sum over all positions with its token."""
+    """Judge the embedding's gradient: an fp32 sum over each token's positions."""
     made, table = SumOverCalls(), step.weights[f"{name}.weight"]
     for call in step.calls[name]:
         if call.has("dy"):
@@ -80,11 +79,11 @@ def judge_embedding_back(step: StepParts, name: str) -> None:
     step.compare_gradient(f"{name}.weight", made)
 
 
-# Residual sums: the input of attention is added to its output, and the input of the FFN is added to its output
+# Residual sums: attention and the FFN add their input to their output
 
 
 def judge_sums(step: StepParts, name: str) -> None:
-    """Judge the two residual sums of a block: after attention, and after the FFN."""
+    """Judge a block's residual sums after attention and after the FFN."""
     ffn = f"{name}.ffn" if f"{name}.ffn.w13" in step.calls else f"{name}.moe"
     for call in step.calls[f"{name}.ffn_norm"]:
         before = next(
@@ -96,8 +95,7 @@ def judge_sums(step: StepParts, name: str) -> None:
 
 
 def judge_sums_back(step: StepParts, name: str) -> None:
-    """Judge the gradient at the input of the FFN's norm: the gradient of the block's output plus the gradient through
-    the FFN."""
+    """Judge the gradient at the FFN norm's input, a sum of two gradients."""
     for call in step.calls[f"{name}.ffn_norm"]:
         got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
         _judge_sum(step, call, f"gradients after {name}.attention", got, out, call.get("dx"))
@@ -110,7 +108,7 @@ def _judge_sum(step: StepParts, call: PartCall, name: str, got: Tensor, one: Ten
 
 
 def _seen(call: PartCall, phase: str, name: str) -> Tensor:
-    """Returns a tensor that `EvidenceWatch` recorded in the call's micro-batch, in fp64."""
+    """Returns a recorded tensor of the call's micro-batch, in fp64."""
     return call.rank.tensors[f"{phase}/{name}/{call.number}"].double()
 
 
@@ -118,14 +116,14 @@ def _seen(call: PartCall, phase: str, name: str) -> Tensor:
 
 
 def judge_head(step: StepParts, name: str) -> None:
-    """Judge the losses of the main model and of every MTP depth."""
+    """Judge the losses of main model and MTP depths."""
     bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
     for call, made, _ in _head_calls(step):
         step.compare("output head", call, "y", made.loss, bound, FORMATS["fp32"])
 
 
 def judge_head_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of the head's input states, of its weight, and of its LoRA A and B."""
+    """Judge the head's gradients: input states, weight, LoRA A and B."""
     whole, lora, order = SumOverCalls(), WeightLora(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
@@ -137,8 +135,7 @@ def judge_head_back(step: StepParts, name: str) -> None:
             x.x, step.rounding.high
         )  # the result of the matmul is rounded, and then its product with the slope
         x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-        # The sum over each piece of the tokens is rounded. On a CPU without bf16 instructions, partial sums of a piece
-        # are rounded too.
+        # The sum over each piece of the tokens is rounded. A CPU without bf16 instructions also rounds partial sums.
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
         if learnt_N is not None:
@@ -162,8 +159,7 @@ def judge_head_back(step: StepParts, name: str) -> None:
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """Yields the calls of the head, as (call, expected results, mask). mask: True for rows whose target counts in the
-    loss; None if all targets count."""
+    """Yields the head's calls: (call, expected results, mask of learnt targets)."""
     order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
@@ -190,12 +186,11 @@ def _times(one: Total, factor: Tensor) -> Total:
     return Total(one.x * factor, one.size * factor.abs(), None if one.off is None else one.off * factor.abs())
 
 
-# Routers: gates, chosen experts, and the gradients of inputs and weights, which include the balance loss's gradient
+# Routers: gates, chosen experts and gradients, with the balance loss
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates and the chosen experts. If a chosen expert has a lower score than an expert that was not chosen,
-    the scores must be equal within rounding errors."""
+    """Judge the gates, and that the chosen experts have the best scores."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -231,11 +226,9 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the derivative of the balance loss (paper eq. 17-20), and the possible error of this derivative due to
-    nearly equal scores. Both have the shape (B, T, E).
+    """Returns the derivative of the balance loss (paper eq. 17-20), and its possible error due to nearly equal scores.
 
-    The derivative is with respect to an expert's fraction of a token's summed scores. The loss counts tokens per expert
-    in a sequence, or in each independent sample.
+    Both are (B, T, E), with respect to an expert's fraction of a token's summed scores.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)
@@ -266,7 +259,10 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """Returns a recorded routing tensor of the call's micro-batch, fp64 (B, T, K); None if there is none. phase:
-    forward or backward. what: ids or gates."""
+    """Returns a recorded routing tensor of the call's micro-batch, fp64 (B, T, K); None without one.
+
+    - phase: forward or backward.
+    - what: ids or gates.
+    """
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

@@ -1,7 +1,7 @@
-"""Judges check `loop`: compares log-probabilities, losses, tokens per expert, gradients and biases of a custom loop
-with the reference.
+"""Compares a custom loop in check `loop` with the reference: log-probabilities, losses, tokens per expert, gradients
+and biases.
 
-Losses are divided by the number of tokens in the complete step. So the reference runs all calls of a step as one batch.
+Losses are divided by the tokens of the complete step. So the reference runs all calls of a step as one batch.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ WITH_LORA = Bound(EXACT, "fp64 rounds by 1e-16, and A and B of unit size enlarge
 
 
 def judge_loop(at: Comparisons, folder: Path) -> None:
-    """Judge the steps of check `loop`. folder: the folder with the tensors that the ranks recorded."""
+    """Judge the steps of check `loop`. folder: the ranks' evidence."""
     LoopJudge(at).judge([ranks for *_, ranks in read_evidence(folder, at.proof)])
 
 
 class LoopJudge:
-    """Judges the steps of check `loop`, which the ranks of one layout ran."""
+    """Judges the steps of check `loop` for one layout."""
 
     def __init__(self, at: Comparisons):
         self._at = at
@@ -55,8 +55,7 @@ class LoopJudge:
             self._judge_step(step, ranks)
 
     def _judge_logprobs(self, step: LoopStep, ranks: list[Evidence]) -> None:
-        """Judge the log-probabilities that the ranks requested between two calls of forward_backward. A target is
-        compared only if it is in the same sample as the previous token."""
+        """Judge the log-probabilities that ranks requested between forward_backward calls."""
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None
@@ -124,8 +123,7 @@ class LoopJudge:
         self._at.compare(quantity, f"{name} by {step.name}", got, want, bound, rank=rank)
 
     def _plain(self, batches: list[Batch], replayed: bool, with_balance: bool) -> PolicyModel:
-        """Returns the reference model for a step. batches: one per call. replayed: whether the first batch prescribes
-        its experts. with_balance: whether the step has a balance loss."""
+        """Returns the reference model for a step. batches: one per call."""
         values = self._at.values
         if not with_balance:
             values = Values(values, optim=Values(values.optim, balance_loss=0.0))

@@ -1,9 +1,8 @@
-"""Reference for LoRA A and B on each rank, forward and backward: y = W x + scale B (A x), in the activation dtype. Only
-A and B are trained.
+"""Reference for LoRA A and B on each rank: y = W x + scale B (A x), in the activation dtype.
 
 Each matmul with A or B, each multiplication with the scale and each sum is rounded once. The reference uses the
-recorded input after dropout. The judge checks the fraction of dropped elements and the factor on the other elements. It
-cannot check which elements were dropped.
+recorded input after dropout. The judge checks the fraction of dropped elements and the factor on the others. It cannot
+check which elements were dropped.
 """
 
 import math
@@ -20,19 +19,17 @@ from train.prove.reference_adapter import lora_prefixes
 from train.prove.step_parts import MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
-"""A function that multiplies rows (N, C) by a weight (..., O, C). For experts, each row uses its expert's matrix."""
+"""Multiplies rows by a weight; for experts, by each expert's matrix."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""A function that adds to the gradient of a weight. Its arguments are the sum, output gradients (N, O) and inputs (N,
-I)."""
+"""Adds to a weight's gradient, from output gradients and inputs."""
 HEAD_PIECES = 2.0**-8
-"""Relative error of a gradient that the output head sums over pieces of the tokens. Each piece and the sum may be
-rounded to bf16."""
+"""Relative error of a gradient that the head sums over pieces of the tokens. Pieces and sum may be rounded to bf16."""
 DEVIATIONS = 6.0
-"""Maximum difference between the dropped fraction of a tensor and the dropout rate, in standard deviations."""
+"""Maximum deviation of the dropped fraction, in standard deviations."""
 
 
 class LoraCall(NamedTuple):
-    """One call of a linear layer that has LoRA A and B."""
+    """One call of a linear layer with LoRA A and B."""
 
     call: PartCall
     dropped: str
@@ -42,24 +39,24 @@ class LoraCall(NamedTuple):
     times: RowMatmul
 
     def taken(self) -> NearNumbers:
-        """Returns the input of LoRA A: the layer's input, after dropout if the recipe has dropout."""
+        """Returns the input of LoRA A, after any dropout."""
         # The shapes differ if the call recorded no rows.
         has = self.call.has(self.dropped) and self.call.rows(self.dropped).shape == self.x.x.shape
         return NearNumbers(self.call.rows(self.dropped)) if has else self.x
 
 
 class WeightLora:
-    """LoRA A and B of one weight, and the sums of their gradients over all calls."""
+    """LoRA A and B of one weight, and their summed gradients."""
 
     def __init__(self, step: StepParts, weight: str):
         self._step, self._high, self._share = step, step.rounding.high, step.config.adapter.dropout
         self._scale = step.config.adapter.alpha / step.config.adapter.rank
         self.names = lora_prefixes(step.config, weight)
-        """Name prefixes of A and B: one for each matrix in the weight. Empty if the weight is not adapted."""
+        """Name prefixes of A and B, one per matrix in the weight."""
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
     def add(self, base: Total, given: LoraCall) -> Total:
-        """Returns the result of a linear layer: `base`, plus the LoRA term of the layer's input."""
+        """Returns a linear layer's output: `base` plus the LoRA term."""
         if not self.names:
             return base
         self._judge_dropout(given)
@@ -71,8 +68,7 @@ class WeightLora:
         return self._sum([self._round(base), added])
 
     def add_back(self, base: Total | None, dy: NearNumbers, given: LoraCall, add_to: AddTo) -> Total:
-        """Returns the gradient of a layer's input: `base` plus the gradient through A and B. Also adds the call's
-        contribution to the gradients of A and B."""
+        """Returns a layer's input gradient, and adds to gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
             inner, dy_p = self._inner(name, taken, given.times), NearNumbers(dy_p)
@@ -83,8 +79,11 @@ class WeightLora:
         return self._sum(terms)
 
     def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Returns the operands of one matmul that includes the LoRA term, as in the output head. The left operand is x,
-        concatenated with scale A x. The right operand is the weight, concatenated with B."""
+        """Returns the operands of one matmul that includes the LoRA term, as in the output head:
+
+        left     x, concatenated with scale A x
+        right    the weight, concatenated with B
+        """
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -92,8 +91,7 @@ class WeightLora:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
-        """Returns the gradient of the layer's input, from the gradients of the operands of `widen`. Also adds the
-        call's contribution to the gradients of A and B."""
+        """Reverses `widen` for gradients, and adds to gradients of A and B."""
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -112,13 +110,12 @@ class WeightLora:
         return self._sum([own, self._through(given, self._round(low.matmul(dinner, low.transposed(self._a(name)))))])
 
     def judge_gradients(self, most: float = MOST_INCONCLUSIVE) -> None:
-        """Compare the gradients of A and B, summed over all calls. most: maximum fraction of inconclusive elements."""
+        """Compare gradients of A and B. most: maximum inconclusive fraction."""
         for name, made in self._made.items():
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the fraction of inputs that dropout dropped, and the factor on the other inputs. The reference does
-        not know which inputs were dropped."""
+        """Compare the dropped fraction, and the factor on other inputs."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)
@@ -136,8 +133,7 @@ class WeightLora:
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
     def _through(self, given: LoraCall, dx: Total) -> Total:
-        """Applies the backward of dropout to a gradient. Whether an input of 0 was dropped is unknown, so both results
-        are allowed."""
+        """Applies dropout's backward. An input of 0 allows both results."""
         if not given.call.has(given.dropped):
             return dx
         factor, unsure = 1 / (1 - self._share), given.x.x == 0
@@ -166,8 +162,7 @@ class WeightLora:
         return Total(made, total.size, torch.maximum(more - made, made - less))
 
     def _sum(self, terms: list[Total]) -> Total:
-        """Returns the sum of the terms, with a rounding after each addition. Its error bound covers every order of the
-        additions."""
+        """Returns the sum of the terms, with a rounding per addition."""
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)

@@ -1,4 +1,4 @@
-"""Judges the linear layers, the experts and SwiGLU on each rank: forward, backward and weight gradients."""
+"""Judges linear layers, experts and SwiGLU: forward, backward, weight gradients."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +23,7 @@ def judge_linear(step: StepParts, name: str) -> None:
 
 
 def judge_linear_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of a linear layer's inputs, of its weight, and of its LoRA A and B."""
+    """Judge the gradients of inputs, weight, and LoRA A and B."""
     rules, whole, lora = _rules(step, name), step.weights[f"{name}.weight"], WeightLora(step, f"{name}.weight")
     weight, made = low.weight_for("dgrad", whole, rules), SumOverCalls()
     for call in step.calls.get(name, []):
@@ -47,7 +47,7 @@ def _with_lora(call: PartCall) -> LoraCall:
 
 
 def _add(step: StepParts, made: SumOverCalls, dy: NearNumbers, x: NearNumbers) -> None:
-    """Add the contribution of one call of a linear layer to the gradient of LoRA A or B."""
+    """Add one call to the gradient of LoRA A or B."""
     made.add(low.matmul(low.transposed(dy), low.transposed(x)), step.rounds_gradients, len(x.x))
 
 
@@ -56,8 +56,7 @@ def _rules(step: StepParts, name: str) -> LinearRules:
 
 
 def _rounds_gradients(step: StepParts) -> bool:
-    """Returns whether a micro-batch's weight gradient may be rounded to bf16, for linear layers that a recipe may run
-    in FP8."""
+    """Returns whether a micro-batch's weight gradient may be rounded to bf16."""
     return step.rounds_gradients and not step.rounding.is_fp8
 
 
@@ -65,14 +64,14 @@ def _rounds_gradients(step: StepParts) -> bool:
 
 
 def judge_swiglu(step: StepParts, name: str) -> None:
-    """Judge SwiGLU's outputs, which are the inputs of the second linear layer."""
+    """Judge SwiGLU's outputs, the second linear layer's inputs."""
     for first, second in _swiglu_calls(step, name):
         a_NF = low.swiglu(first.rows("y"), None)
         step.compare("SwiGLU", second, "x", Total(a_NF, a_NF.abs(), None), IN_ELEMENTS)
 
 
 def judge_swiglu_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of SwiGLU's input, which is the first linear layer's output."""
+    """Judge the gradients of SwiGLU's input."""
     for first, second in _swiglu_calls(step, name):
         if second.has("dx") and first.has("dy"):
             da_NF = NearNumbers(second.rows("dx"))
@@ -81,7 +80,7 @@ def judge_swiglu_back(step: StepParts, name: str) -> None:
 
 
 def _swiglu_calls(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
-    """Yields pairs of calls: the first and the second linear layer of an FFN on the same rows."""
+    """Yields the calls of an FFN's two linear layers, as pairs."""
     seconds = {(call.rank.info.rank, call.number): call for call in step.calls.get(f"{name}.w2", [])}
     for call in step.calls.get(f"{name}.w13", []):
         yield call, seconds[call.rank.info.rank, call.number]
@@ -109,8 +108,7 @@ def judge_experts(step: StepParts, name: str) -> None:
 
 
 def judge_experts_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of the experts: input rows, output of the first matmul, gates, both weights, and LoRA A and
-    B."""
+    """Judge the gradients of the experts' inputs, intermediates, gates and weights."""
     up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
     (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = (
@@ -160,18 +158,18 @@ def judge_experts_back(step: StepParts, name: str) -> None:
 
 
 def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightLora]]:
-    """Returns the weights of the first and of the second matmul, each with its LoRA A and B."""
+    """Returns both matmuls' weights, each with its LoRA A and B."""
     names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
     return [(step.weights[each], WeightLora(step, each)) for each in names]
 
 
 def _rows(call: PartCall) -> list[int]:
-    """Returns the number of rows that each expert has on the rank."""
+    """Returns the number of rows of each expert."""
     return call.tensors["counts"].tolist()
 
 
 def _here(call: PartCall) -> range:
-    """Returns the indices of this rank's experts in the list of all experts."""
+    """Returns the indices of this rank's experts."""
     first = int(call.tensors["first"])
     return range(first, first + len(call.tensors["counts"]))
 
@@ -181,8 +179,7 @@ def _times(call: PartCall) -> RowMatmul:
 
 
 def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNumbers) -> Total:
-    """Multiplies the rows of each expert by the expert's matrix. counts: rows per expert. here: this rank's experts.
-    weight: (E, N, C)."""
+    """Multiplies each expert's rows by the expert's matrix. counts: rows per expert."""
     empty = rows.x.new_zeros(0, weight.x.size(1))
     parts = [Total(empty, empty, empty)]
     for expert, one in zip(here, low.split_rows(rows, counts), strict=True):
@@ -196,15 +193,18 @@ def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNu
 def _add_rows(
     step: StepParts, call: PartCall, base: Tensor, made: SumOverCalls, dy: NearNumbers, x: NearNumbers
 ) -> None:
-    """Add one call's contribution to the gradient of the experts' LoRA A or B. base: the weight that LoRA adapts."""
+    """Add one call to the gradient of the experts' LoRA A or B."""
     made.add_rows(dy, x, _rows(call), _here(call), len(base), step.rounds_gradients)
 
 
 def _swiglu_back(
     call: PartCall, high: PlainFormat, order: Bound, cancels: bool, h: NearNumbers, da: Total
 ) -> low.SwigluSlopes:
-    """Returns the results of SwiGLU's backward. cancels: whether da is a sum of rounded terms that may cancel. If so,
-    errors of dh are relative to the terms' magnitudes."""
+    """Returns the results of SwiGLU's backward.
+
+    cancels: whether da is a sum of rounded terms that may cancel. Errors of dh are then relative to the terms'
+    magnitudes.
+    """
     back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
     if not cancels:
         return back

@@ -1,5 +1,4 @@
-"""Compares one step of the complete model with the reference's step (train/prove/reference.py): outputs, the experts
-that routers chose, the keys that sparse attention chose, losses and gradients."""
+"""Compares a step of the complete model with the reference's step."""
 
 import math
 from collections.abc import Callable
@@ -25,18 +24,17 @@ StepPart = Callable[[ReferenceStep], Tensor]
 
 @dataclass
 class WholeModel:
-    """One step of the complete model: what the ranks recorded, and the result of the reference."""
+    """One step of the complete model, from ranks and reference."""
 
     at: Comparisons
     ranks: list[Evidence]
     want: ReferenceStep
     perturbed: PerturbedRuns | None
-    """The reference's runs with random perturbations; None if the check is in fp64."""
+    """Perturbed runs of the reference; None for a check in fp64."""
     batch_size: int
 
     def judge_forward(self) -> None:
-        """Judge the outputs from the first part to the last. Then judge losses, tokens per expert and attention
-        scores."""
+        """Judge outputs in order, then losses, tokens per expert, attention scores."""
         at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
         for name, value in seen.values.items():
             if name.endswith((".biased", ".index")) or (name == "embedding" and name not in made):
@@ -57,8 +55,7 @@ class WholeModel:
                 self._compare("attention scores", name, rank, got, lambda step, name=name: step.seen.scores[name])
 
     def judge_backward(self) -> None:
-        """Judge the gradients from the last part to the first. In each part, the gradient of its output comes before
-        those of its weights."""
+        """Judge gradients from the last part to the first."""
         at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
         exact, shapes = at.proof == "exact", reference.trained_shapes(at.values)
         found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
@@ -84,8 +81,7 @@ class WholeModel:
         scale: float | None = None,
         bound: Bound | None = None,
     ) -> None:
-        """Compare a rank's tensor with the tensor that `part` selects from the reference's step. If the error exceeds
-        the bound, perturbed runs may widen the bound."""
+        """Compare a rank's tensor with `part` of the reference's step."""
         bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 
@@ -96,7 +92,7 @@ class WholeModel:
         return max(bound, wider, key=lambda one: one.value)
 
     def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:
-        """Returns the reference's output for one micro-batch of a rank. number: index of the micro-batch."""
+        """Returns the reference's output for one micro-batch of a rank."""
         return self._here(step.seen.values[name], name, rank, number, count)
 
     def _output_gradient(self, name: str, rank: Evidence, number: int, step: ReferenceStep) -> Tensor:
@@ -105,15 +101,16 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """Returns the part of `value` for the samples and positions of a rank's micro-batch. `value` may have samples
-        and positions in one axis. count: see `_places`."""
+        """Returns the part of `value` for a rank's micro-batch."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """Returns the positions for which a rank has this output. count: number of recorded positions; None: as many as
-        `places_of` returns. With context parallelism, an embedding has extra positions after each piece, for MTP
-        modules."""
+        """Returns the positions for which a rank has this output.
+
+        count: number of recorded positions, including an embedding's extra positions for MTP modules. None: the
+        positions of `places_of`.
+        """
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -123,8 +120,8 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Judge the chosen experts. In check `exact`, a rank must choose the experts of the reference. In other checks,
-        it may choose other experts with equal scores, within rounding errors."""
+        """Judge the chosen experts. Check `exact` requires the reference's experts. Other checks allow scores equal
+        within rounding errors."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -134,7 +131,7 @@ class WholeModel:
         scores = partial(self._output, f"{name}.biased", rank, number, None)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """Returns the bound on the difference of two scores, each of which has an error."""
+            """Returns the bound on the difference of two scores."""
             wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
             return Bound(2 * wider.value, wider.reason)
 
@@ -142,9 +139,11 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the keys that sparse attention chose. In check `exact`, a rank must choose the keys of the reference.
-        In other checks, it may choose other keys under three conditions: the query may attend to these keys, their
-        number is right, and their scores equal the best scores within rounding errors."""
+        """Judge the keys that sparse attention chose.
+
+        Check `exact` requires the reference's keys. Other checks require allowed keys of the right number, with the
+        best scores within rounding errors.
+        """
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
@@ -162,15 +161,14 @@ class WholeModel:
         bound, scale = computed(at.proof, at.config), size_of(index_BTS[seen_BTS], False)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """Returns the bound on the error of an index score, after perturbed runs may have widened it."""
+            """Returns the bound on the error of an index score."""
             return self._widen(lambda step: index_of(step).nan_to_num(neginf=0.0), False, bound, scale)
 
         excess = key_excess(index_BTS, got_BTS > 0, top_k)
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """Returns the name of the attention whose indexer chose the keys for the attention `name`. If `name` has no
-        indexer, it is the nearest earlier attention with an indexer."""
+        """Returns the attention whose indexer chose the keys for `name`."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
@@ -190,8 +188,7 @@ class WholeModel:
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
-    """Returns whether the sequences of all ranks form the batch. If not, records a failed comparison; the step then
-    cannot be compared."""
+    """Returns whether all ranks' sequences form the batch; records a mismatch."""
     shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
@@ -202,7 +199,7 @@ def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool
 
 
 def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) -> None:
-    """Judge the loss on validation sequences. plain: the reference with the weights after the step."""
+    """Judge the validation loss with the weights after the step."""
     at.phase, count = "validation", at.config.log.validation_sequences
     with torch.no_grad():
         want = plain.losses(Samples(at.config).batch(-count, count), trains=False).main
@@ -212,7 +209,7 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
 
 
 def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """Returns the experts and the keys that all ranks chose, for the complete batch:
+    """Returns the choices of all ranks for the complete batch:
 
     ROUTER            chosen experts (N, K)
     ATTENTION.keys    mask (B, T, T), True where a query attends to a key
@@ -235,7 +232,7 @@ def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
 
 
 def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
-    """Returns the names of weights and outputs, in the order in which backward computes their gradients."""
+    """Returns the names of weights and outputs in backward order."""
     place = {name: float(number) for number, name in enumerate(weights)}
 
     def after(output: str) -> tuple[float, int]:

@@ -1,12 +1,8 @@
-"""Judges single parts of the model, such as a linear layer or a norm, in precisions with rounding. Each recorded output
-is compared with the reference's result for the recorded input.
+"""Judges single parts of the model, such as a linear layer or a norm, in precisions with rounding.
 
-The formulas in train/prove/low_precision.py and high_precision.py round wherever the recipe rounds. So a correct result
-differs only by the order of a sum and by one rounding. The comparison subtracts the one rounding, and divides the rest
-by the sum of the terms' magnitudes. The bound is a few millionths, instead of three quarters for a complete FP8 model.
-
-An element is inconclusive if rounding ties may change it by more than INCONCLUSIVE times the sum of its terms'
-magnitudes. If more than the fraction MOST_INCONCLUSIVE of a tensor's elements are inconclusive, the comparison fails.
+The reference computes each part from the recorded input, and rounds wherever the recipe rounds. A correct result
+differs only by summation order and by one rounding. The comparison subtracts this rounding, and divides the rest by the
+sum of the terms' magnitudes.
 """
 
 import re
@@ -17,7 +13,7 @@ from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
 PartJudge = Callable[[StepParts, str], None]
-"""A function that judges all calls of a model part, forward or backward. Arguments: the step and the part's name."""
+"""Judges all calls of a model part, forward or backward."""
 PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(embedding)", judge_layers.judge_embedding, judge_layers.judge_embedding_back),
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),
@@ -33,16 +29,13 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
-"""Each row has a pattern for the name of a weight (without `.weight`), the function that judges forward, and the
-function that judges backward. The first group of the pattern matches the name of the judged part."""
+"""Pattern for weight names, forward judge, backward judge. The pattern's first group is the part's name."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""Suffixes of names. The calls of a part are recorded under the part's name plus one of these suffixes. For an FFN,
-attention or a block, the suffix names a layer inside the part. For the head, the suffix is the MTP depth 0."""
+"""Suffixes under which the calls of a part are recorded."""
 
 
 def judge_parts(step: StepParts) -> None:
-    """Judge forward from the first part to the last, then backward in the opposite order. If recorded tensors are
-    missing, report only the missing tensors."""
+    """Judge forward, then backward; or report only the missing tensors."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     if step.config.optim.index_warmup:  # other parts have no gradients; a proof without warm-up judges them
         parts = [part for part in parts if ".indexer." in part[0]]
@@ -68,7 +61,7 @@ def judge_parts(step: StepParts) -> None:
 
 
 def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudge]]:
-    """Yields the name and the judges of each part. weights: names of weights in the order of a forward pass."""
+    """Yields the name and the judges of each part. weights: in forward order."""
     for weight in weights:
         for pattern, forward, backward in PART_JUDGES:
             if match := re.fullmatch(pattern, weight.removesuffix(".weight")):

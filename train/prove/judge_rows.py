@@ -1,7 +1,6 @@
-"""Judges dispatch and combine: compares the rows that arrive with the rows that were sent, for each layer, micro-batch
-and expert group.
+"""Judges dispatch and combine: compares received rows with sent rows, for each layer, micro-batch and expert group.
 
-Rows and tokens are matched by expert and gate, not by their order. These values are compared:
+Rows and tokens are matched by expert and gate. These values are compared:
 
     forward     gates at the experts, rows at the experts, sums of expert outputs
     backward    gradients at the experts, gradients of gates, sums of gradients of rows
@@ -28,13 +27,12 @@ AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 ROWS = Bound(0.0, "bit for bit: rows are rounded once, by the sender")
 SeenTensors = dict[str, Tensor]
-"""The tensors of one layer and micro-batch by name, concatenated over the ranks of an expert group. The keys are the
-tensor names in watched_dispatcher.py, such as `rows` and `d_out`."""
+"""Tensors of one layer and micro-batch, named as in watched_dispatcher.py."""
 
 
 @dataclass(frozen=True)
 class SentRows:
-    """The rows of one layer and micro-batch in one expert group, before and after dispatch and combine."""
+    """Rows of one layer and micro-batch in one expert group."""
 
     name: str
     """Name of the MoE layer."""
@@ -44,26 +42,24 @@ class SentRows:
     seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
-        """Returns a sort key. It sorts objects of this class in the order of the computation."""
+        """Returns a sort key for the order of the computation."""
         kind, layer, *_ = self.name.split(".")
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
     def order_at_experts(self) -> Tensor:
-        """Returns the order (P,) that sorts rows by expert, then by gate, then by gradient of the gate."""
+        """Returns the order (P,) of rows: by expert, gate, gate gradient."""
         counts_E, seen = self.seen["counts"], self.seen
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """Returns the order (P,) that sorts the pairs (token, expert), by the keys of `order_at_experts`. If the gates
-        arrived unchanged, both orders match."""
+        """Returns the order (P,) of (token, expert) pairs, by `order_at_experts`'s keys."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Returns the value of the argument `hops` of `summed_rows`. It is a list of these numbers, each only under its
-        condition:
+        """Returns the argument `hops` of `summed_rows`, a list of up to two numbers:
 
-        number of experts on a rank    if the rank of the experts adds the rows of a token
-        number of experts on a node    if the node of the experts adds these sums again
+        experts on a rank    if the rank of the experts adds the rows of a token
+        experts on a node    if the node of the experts adds these sums again
         """
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
@@ -96,8 +92,11 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Judge the rows that tokens sent to experts. names: names of the sent and of the received tensor. floor: the
-    smallest magnitude from which an FP8 scale is computed."""
+    """Judge the rows that tokens sent to experts.
+
+    - names: names of the sent and of the received tensor.
+    - floor: smallest magnitude from which an FP8 scale is computed.
+    """
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
@@ -109,8 +108,7 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
 
 
 def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
-    """Judge the sums of rows that experts sent back to tokens. rows: name of the recorded rows. sums: name of the
-    recorded sums."""
+    """Judge the sums of rows that experts sent back to tokens."""
     seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
     if len(at_experts) != len(at_tokens):
         return  # the comparison of gates has reported this fault
@@ -126,7 +124,7 @@ def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity:
 
 
 def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
-    """Yields the rows of each layer, micro-batch and expert group in a step."""
+    """Yields the rows of each layer, micro-batch and expert group."""
     for first in range(0, len(ranks), ranks[0].info.ep):
         group = ranks[first : first + ranks[0].info.ep]
         for key in dict(group[0].of_kind("sent")):
@@ -140,7 +138,7 @@ def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
 
 
 def _order(*keys: Tensor) -> Tensor:
-    """Returns the order that sorts by the first key, then by the second key, and so on."""
+    """Returns the order that sorts by the first key, then the second, ..."""
     order = torch.arange(len(keys[0]))
     for key in reversed(keys):
         order = order[key[order].sort(stable=True).indices]

@@ -1,4 +1,4 @@
-"""Judges the state and the counters of a run: at the start, after a skipped step and in a checkpoint."""
+"""Judges the state and the counters of a run."""
 
 import math
 from dataclasses import dataclass, replace
@@ -39,13 +39,12 @@ class Tally:
     skipped: int = 0
 
     def after(self, sequences: int, applied: bool = True) -> "Tally":
-        """Returns the counters after one more step. sequences: batch size of the step. applied: whether the step
-        updated the weights."""
+        """Returns the counters after a step. applied: whether weights were updated."""
         return Tally(self.updates + applied, self.samples + sequences, self.skipped + (not applied))
 
 
 def state_after(config: Config, ranks: list[Evidence]) -> State:
-    """Returns the state of the run after a step, assembled from the shards of all ranks."""
+    """Returns the complete state of the run after a step."""
     found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
     if config.adapter.on:  # biases belong to the base weights, so no shard of the state has them
         found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
@@ -66,8 +65,7 @@ def given_state(config: Config) -> State:
 
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
-    """Returns the expected state and counters after a resume from `saved`. If the second part has another optimizer,
-    the optimizer's state and number of updates are 0."""
+    """Returns the expected state after a resume, perhaps with another optimizer."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}
@@ -75,10 +73,9 @@ def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[S
 
 
 def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
-    """Compare the state of all ranks, and the biases in their routers, with `want`, bit for bit. Returns the state of
-    the ranks.
+    """Compare the ranks' state and router biases with `want`, bit for bit. Returns the ranks' state.
 
-    quantity: name of the compared quantity. own: name of the quantity for the routers' biases; None: `quantity`.
+    own: name of the quantity for the router biases; None: `quantity`.
     """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)
@@ -91,7 +88,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
 
 
 def judge_schedules(config: Config, findings: ProofFindings) -> None:
-    """Judge the settings of all steps of the recipe's run. mode=prove trains only a few of these steps."""
+    """Judge the settings of all steps of the recipe's run."""
     at, plans = Comparisons("fp32", config, findings), Schedules(config)
     at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
     got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]
@@ -113,8 +110,7 @@ def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
 
 
 def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the initial weights of a run. They must have the right distribution, and equal the initial weights of one
-    rank bit for bit."""
+    """Judge the initial weights of a run: distribution and exact values."""
     drawn, config = assemble(ranks, "drawn"), at.config
     if not drawn or at.proof != "fp32":
         return
@@ -141,8 +137,7 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
-    """Compare the weights and balance biases from `Engine.weights` with `state`. With an adapter, these weights must
-    include LoRA's matrices."""
+    """Compare weights and biases from `Engine.weights` with `state`."""
     if at.proof != "fp32" or at.values.adapter.base == "fp8":
         return
     got = {name: weight for rank in ranks for name, weight in rank.of_kind("weights")}
@@ -161,7 +156,7 @@ def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
 
 
 def judge_checkpoint(at: Comparisons, path: Path, state: State) -> None:
-    """Compare the files of a checkpoint bit for bit with `state`. The checkpoint of an adapter contains no biases."""
+    """Compare a checkpoint's files bit for bit with `state`."""
     at.phase = "checkpoint"
     own = {name: value for name, value in state.items() if not (at.config.adapter.on and name.startswith("bias."))}
     found: dict[str, Tensor] = {name: torch.full_like(value, math.nan) for name, value in own.items()}

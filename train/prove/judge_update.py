@@ -1,5 +1,4 @@
-"""Judges an update: compares gradient norm, master weights, moments, average of the weights, and biases with the
-reference."""
+"""Judges an update: gradient norm, weights, moments, average, biases."""
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ QUANTITIES = {
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
 }
-"""Maps a kind of state, such as `exp_avg`, to its name in the findings. Kinds that are missing here, such as momentum,
-keep their name."""
+"""Names of the kinds of state in the findings."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
-"""Maximum number of fp32 roundings in one update, for master weights, their average (ema) and the routers' biases. For
-moments and momentum, see `PlainUpdate.roundings` in train/prove/updates.py."""
+"""Maximum number of fp32 roundings in one update."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST_BF16 = 2.0**-133
 """The smallest positive bf16 number."""
@@ -32,10 +29,7 @@ SMALLEST_BF16 = 2.0**-133
 def judge_update(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan, number: int
 ) -> State:
-    """Judge an update and return the state after it. The reference uses the reduced gradients of the ranks.
-
-    before: the state before the update. loads: tokens per expert. number: index of the update in the run, from 1.
-    """
+    """Judge an update, and return the state after it."""
     reduced, after, optim = assemble(ranks, "reduced"), state_after(at.config, ranks), at.values.optim
     at.same_names("state", after, before)
     norm = float(reference_step.global_norm(reduced))
@@ -89,8 +83,7 @@ def judge_biases(
 def _judge_exact(
     at: Comparisons, ranks: list[Evidence], before: State, clipped: State, plan: PlainPlan, number: int
 ) -> None:
-    """Judge the updates of complete matrices that the ranks repeated in fp64. clipped: reduced gradients times the clip
-    factor of the reference."""
+    """Judge the updates of complete matrices that ranks repeated in fp64."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
         EXACT,
@@ -116,8 +109,7 @@ def _judge_exact(
 
 
 def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
-    """Returns the factors by which optim.qk_clip multiplies the rows of weights, computed from the recorded attention
-    scores."""
+    """Returns optim.qk_clip's row factors, from the recorded attention scores."""
     found: State = {}
     for rank in ranks:
         for name, scores_H in rank.of_kind("scores"):
@@ -128,18 +120,14 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
 
 
 def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """Returns the magnitude of one fp32 rounding error for each element. Both the old value and the change may have
-    rounding errors."""
+    """Returns the magnitude of one fp32 rounding error per element."""
     return UNIT["fp32"] * (torch.maximum(before.abs(), after.abs()) + moved.abs())
 
 
 def _judge_moved(
     at: Comparisons, name: str, got: State, want: Tensor, before: State, rounded: Tensor, rank: Evidence | None = None
 ) -> None:
-    """Judge a tensor that an update changed. rounded: magnitude of one fp32 rounding error for each element.
-
-    If an element changes by no more than its allowed error, it is inconclusive.
-    """
+    """Judge a tensor that an update changed. rounded: one rounding error."""
     if name not in got:
         return
     kind, moments = name.split(".", 1)[0], at.config.precision.moments
@@ -152,11 +140,8 @@ def _judge_moved(
 
 
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
-    """Judge weight decay. A wrong decay causes an error that is proportional to the weights.
-
-    The comparison uses a mean over all elements, in which rounding errors average out. So it detects a wrong decay even
-    if the error of each element is smaller than one rounding error.
-    """
+    """Judge weight decay by a mean over all elements. The mean shows an error that is smaller than one element's
+    rounding error."""
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)
     own = float(rounded.square().sum().div(square).sqrt())

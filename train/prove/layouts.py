@@ -1,5 +1,4 @@
-"""Derives the configurations of the checks from a recipe. A second layout resumes from the first layout's
-checkpoint."""
+"""Derives the configurations of mode=prove's checks from a recipe."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """Returns the recipe in fp32, without features that exist only in other number formats."""
+    """Returns the recipe in fp32, without features of other number formats."""
     config = without_dropout(config)
     parallel = replace(config.parallel, wire=WireFormat.bf16)  # the wire uses the activation dtype
     if parallel.dispatch_facts.in_bf16:
@@ -37,36 +36,30 @@ def in_fp32(config: Config) -> Config:
 
 
 def in_loop(config: Config) -> Config:
-    """Returns the recipe in fp32 without optim.qk_clip, which the engine refuses for batches with padding."""
+    """Returns the recipe in fp32 without optim.qk_clip, which forbids padding."""
     return in_fp32(replace(config, optim=replace(config.optim, qk_clip=None)))
 
 
 def without_dropout(config: Config) -> Config:
-    """Returns the recipe without dropout, because the reference cannot reproduce dropout's random bits."""
+    """Returns the recipe without dropout, which the reference cannot reproduce."""
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
 TILED = 136
-"""Value of every width in check `tiles`. It gives two tiles of 128, of which the second is not full. With one tile, the
-check could not detect the use of a neighbouring tile's scale."""
+"""Width in check `tiles`: two tiles, the second not full."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""WARP: number of threads in a warp. If the recipe has at least WARP experts, each rank has more than WARP experts in
-check `tiles`. WIDE_RANKS: maximum number of ranks in an expert group for this rule. With more ranks, the experts
-together would take a gigabyte."""
+"""WARP: number of threads in a warp. If the recipe has at least WARP experts, each rank has more than WARP in check
+`tiles`. WIDE_RANKS: maximum number of ranks in an expert group for this rule, which limits the memory."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` with FP8 matmuls or an FP8 wire format. With a higher rate, updates would enlarge the
-small norm weights that give some tiles the smallest FP8 scale."""
+"""Learning rate of check `tiles` with FP8. It keeps small norm weights small."""
 FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` with FP8 matmuls or an FP8 wire format. The weight is so small that some
-tiles of the MTP loss's gradient get the smallest FP8 scale."""
+"""Weight of the MTP loss in check `tiles` with FP8. It gives some tiles of the loss's gradient the smallest FP8
+scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
-    """Returns the recipe for check `tiles`: few wide layers, two steps, and no pipeline.
-
-    Context parallelism, dispatch and combine do not change.
-    """
+    """Returns the recipe for check `tiles`: few wide layers, no pipeline."""
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
     length, experts = (TILED + 2) * parallel.cp, model.experts
@@ -101,9 +94,11 @@ def with_two_tiles(config: Config) -> Config:
 
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
-    """Returns settings of sparse attention in which as many layers as possible reuse the keys of an earlier layer. Each
-    stage's first layer chooses keys. In a stage of three or more layers, the second layer also chooses keys. stages:
-    layers of each stage."""
+    """Returns settings of sparse attention in which most layers reuse the keys of an earlier layer.
+
+    stages: layers of each stage. The first layer of a stage chooses keys. In a stage of three or more layers, the
+    second layer does too.
+    """
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -117,34 +112,30 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
     "recipe": without_dropout,
     "tiles": with_two_tiles,
 }
-"""Maps each check to the function that derives its configuration from a recipe."""
+"""Maps each check to the function that derives its configuration."""
 IN_FP64 = ("exact", "loop")
 """Checks that compute in fp64. They run no optimizer."""
 
 
 LOOSE_CLIP = 1e4
-"""Value of optim.clip in the second part of a run: so large that no gradient is clipped. In the first part, every
-gradient is clipped."""
+"""Value of optim.clip after the resume, so that nothing is clipped."""
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """A part of a run: consecutive steps in one layout. The part after the resume has another layout, batch size and
-    clip."""
+    """Consecutive steps of a run in one layout."""
 
     number: int
-    """Index of the part of a run: 0 before the resume, 1 after it."""
+    """0 before the resume, 1 after it."""
     config: Config
     last: int
-    """The last step of the part, after which the part saves a checkpoint."""
+    """Last step of the part, after which it saves a checkpoint."""
     spoilt: int | None
-    """The step in which one rank gets a gradient that is not finite, so that nothing is updated; None for no such
-    step."""
+    """Step in which one rank gets a non-finite gradient; None: no step."""
 
 
 def save_step(config: Config) -> int:
-    """Returns the step whose checkpoint the second part resumes from. While this checkpoint is written, the first part
-    trains one more step."""
+    """Returns the step whose checkpoint the second part resumes from."""
     return max(1, config.steps // 2)
 
 
@@ -156,15 +147,13 @@ def stop_step(config: Config) -> int:
 def watched_steps(config: Config) -> set[int]:
     """Returns the steps in which single layers are also judged: the first step after the checkpoint, in both parts.
 
-    In the first part, weights have changed before this step. So the step shows whether cached casts of weights were
-    updated too.
+    In the first part, this step shows whether cached casts of weights were updated.
     """
     return {stop_step(config)}
 
 
 def run_part(config: Config, number: int, ranks: int) -> RunPart:
-    """Configures the run of a check before its resume (number 0) or after it (number 1). config: the check's recipe.
-    ranks: number of ranks."""
+    """Configures a check's run before (0) or after (1) the resume."""
     held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
     if number:
         return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
@@ -181,8 +170,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Returns the configured parts of a check's run. numbers: indices of the parts: 0 before the resume, 1 after it.
-    Check `tiles` has only part 0."""
+    """Returns the configured parts of a check's run."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]
@@ -191,7 +179,7 @@ def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) ->
 def _go_on(config: Config, ranks: int) -> Config:
     """Returns the configuration of the second part, with another layout and batch size.
 
-    The run must read its position in the data from the checkpoint. The new batch size would give another position.
+    A correct run reads its position in the data from the checkpoint.
     """
     other = in_layout(config, second_layout(config, ranks))
     optim = replace(
@@ -208,8 +196,7 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Returns the number of validation sequences, at least three. In both layouts, the data-parallel ranks cannot
-    divide these sequences evenly."""
+    """Returns a number of validation sequences that neither layout divides evenly."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -225,20 +212,19 @@ def _is_allowed(config: Config) -> bool:
 
 
 def second_layout(config: Config, ranks: int) -> Parallel:
-    """Returns another layout for this number of ranks. If no other layout is allowed, returns the recipe's layout."""
+    """Returns another allowed layout for these ranks, or else the recipe's."""
     return next((each for each in _others(config, ranks) if _is_allowed(in_layout(config, each))), config.parallel)
 
 
 def in_layout(config: Config, parallel: Parallel) -> Config:
-    """Returns the recipe in another layout. Micro-batches have one sequence, so that more layouts divide the batch."""
+    """Returns the recipe in another layout, with one sequence per micro-batch."""
     ranks_per_node = 0 if parallel.dispatch_facts.per_expert else config.cluster.ranks_per_node
     cluster = replace(config.cluster, ranks_per_node=ranks_per_node)
     return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
 
 
 def _others(config: Config, world: int) -> Iterator[Parallel]:
-    """Yields candidates for the second layout, beginning with the candidates that differ most from the recipe's
-    layout."""
+    """Yields candidates for the second layout, most different ones first."""
     own = config.parallel
     plain = replace(
         own,

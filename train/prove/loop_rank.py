@@ -20,10 +20,10 @@ from train.prove.proof_rank import exact_engine, in_groups, info_of
 
 
 def prove_loop(config: Config, place: Place, device: torch.device) -> None:
-    """Runs the steps of LOOP_STEPS on this rank. An update changes only the routers' balance biases."""
+    """Runs the steps of LOOP_STEPS on this rank."""
     rank, schedules = in_groups(config, place, device), Schedules(config)
     first, count = share_of(config, config.batch_size, rank.mesh.dp_rank)
-    # Drawn before fp64 starts, because the random numbers would differ in fp64.
+    # Drawn before fp64 starts, because random numbers differ in fp64.
     whole = loop_batches(config)
     rows = slice(first, first + count)
     mine = [batch.take(rows) for batch in whole]
@@ -52,7 +52,7 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
 
 
 def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
-    """Returns the loss and the settings that the call passes to `Engine.forward_backward`."""
+    """Returns loss and settings for `Engine.forward_backward`."""
     if len(call.losses) == 1:
         return next(iter(call.losses.items()))
 

@@ -1,9 +1,8 @@
 """Defines the steps of check `loop`: calls of a custom loop and their batches. The ranks and the judge draw equal
 batches.
 
-Each row has chats of one or two samples. Some rows have padding, and some have no learnt token. Every token has its own
-temperature and weight. Old and reference log-probabilities are near -log(vocabulary size), so that only some ratios are
-clipped.
+Rows have chats of one or two samples, some with padding or without a learnt token. Every token has its own temperature
+and weight. Old and reference log-probabilities are near -log(vocabulary size), so that only some ratios are clipped.
 """
 
 import math
@@ -26,7 +25,7 @@ class LoopCall:
     """One call of forward_backward on `Engine`."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Maps each loss to its settings. If there are several, the caller passes a custom loss that returns their sum."""
+    """Maps each loss to its settings. Several losses are added."""
     replayed: bool = False
     """Whether the batch prescribes the experts to use."""
 
@@ -37,7 +36,7 @@ class LoopStep:
 
     calls: tuple[LoopCall, ...]
     terms: tuple[str, ...] | None = None
-    """Loss terms that the caller selects; None for all terms that apply."""
+    """Selected loss terms; None for all terms that apply."""
 
     @property
     def name(self) -> str:
@@ -48,8 +47,7 @@ class LoopStep:
         return any(call.replayed for call in self.calls)
 
     def has(self, term: str) -> bool:
-        """Returns whether the step has this loss term. If `terms` is None, it has all terms, except `biases` in a step
-        with replayed experts."""
+        """Returns whether the step has this loss term."""
         return not (self.replayed and term == "biases") if self.terms is None else term in self.terms
 
 
@@ -62,11 +60,11 @@ LOOP_STEPS = (
     ),
     LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Two steps that together use every policy loss. The second step has replayed experts."""
+"""Two steps with every policy loss, the second with replayed experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:
-    """Returns the batches of the first and the second call of a step. They contain the rows of all ranks."""
+    """Returns the batches of a step's two calls, for all ranks."""
     return _batch(config, 0), _batch(config, config.batch_size)
 
 
@@ -88,8 +86,8 @@ def _batch(config: Config, first: int) -> Batch:
 
 
 def loop_experts(config: Config, batch: Batch) -> Tensor:
-    """Draws the experts to replay, (B, T, L, K), from at most top_groups groups per token. If the next position is in
-    another sample, the experts are -1."""
+    """Draws the experts to replay, (B, T, L, K), from at most top_groups groups per token; -1 at the end of a
+    sample."""
     model, documents_BS = config.model, batch.documents_BS
     assert documents_BS is not None
     shape = *batch.tokens_BS[:, 1:].shape, model.layers - model.dense_layers
@@ -101,13 +99,12 @@ def loop_experts(config: Config, batch: Batch) -> Tensor:
 
 
 def counting(documents_BS: Tensor) -> Tensor:
-    """Returns whether a position and the next position belong to the same sample, bool (B, T)."""
+    """Returns whether the next position has the same sample, bool (B, T)."""
     return (documents_BS[:, :-1] >= 0) & (documents_BS[:, :-1] == documents_BS[:, 1:])
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Draws normal numbers in fp32. The numbers of a row depend only on the seed, on `name` and on the row's index in
-    the step. first: index of the first row."""
+    """Draws normal fp32 numbers from the seed, `name` and row index."""
     rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
             for row in range(shape[0])]  # fmt: skip
     return torch.stack(rows)

@@ -12,15 +12,14 @@ Each tile has one scale (paper 3.3.2):
     scale = max(largest, floor) / largest number of the format, or the next power of two above
     q     = x * (1 / scale), rounded to the nearest number of the format, and the matmul multiplies q * scale
 
-scale, 1 / scale, x * (1 / scale) and q * scale are rounded to fp32. 1 / scale is a separate division, as in DeepSeek's
-TileKernels.
+scale, 1 / scale, x * (1 / scale) and q * scale are rounded to fp32.
 
 Matmuls are summed in fp32, with promotion every 128 terms (paper 3.3.2). Results of Fprop and Dgrad are rounded once,
-to bf16. Results of Wgrad are not rounded. Inputs are saved for Wgrad in FP8; the input of attention's output projection
-is saved in E5M6. Wgrad casts the saved inputs again along the tokens (paper 3.3.3, 3.5.2).
+to bf16; results of Wgrad are not. Inputs are saved for Wgrad in FP8, but the output projection's input in E5M6. Wgrad
+casts the saved inputs again along the tokens (paper 3.3.3, 3.5.2).
 
-This file shares only the recipe's values with the judged code. All its arithmetic is in fp64. A rank may sum in another
-order, and round to the other number near a rounding tie. `NearNumbers` holds numbers with this possible error.
+The arithmetic is in fp64. A rank may sum in another order, and round to the other number near a rounding tie.
+`NearNumbers` holds numbers with this possible error.
 
 Shapes: T rows, K inputs, N outputs. For experts: R rows sorted by expert, D model width, F inner width.
 """
@@ -37,20 +36,18 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""The smallest magnitude from which the scale of a tile is computed (activations and weights), as in DeepSeek's
-kernels. It replaces a tile's largest magnitude if that is smaller."""
+"""The smallest magnitude from which the scale of a tile is computed."""
 FP32 = 2.0**-24
 """Unit roundoff of fp32."""
 EXPONENT = 0x7FF << 52
 """Mask of the exponent bits of an fp64 number."""
 CURVED = 16 * FP32
-"""Bound on the relative error of a result that is computed in fp32 from one exponential and some multiplications."""
+"""Relative error of an fp32 result with one exponential."""
 
 
 @dataclass(frozen=True)
 class PlainFormat:
-    """A number format. A number has 1 + mantissa significant bits. Below the magnitude 2^least, all numbers of the
-    format have the same spacing."""
+    """A number format with 1 + mantissa bits, and equal spacing below 2^least."""
 
     mantissa: int
     least: int
@@ -67,7 +64,7 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """Numbers x in fp64. A correct rank's numbers differ from x by at most `off`; None for no difference."""
+    """Numbers in fp64. A correct rank may differ from x by `off`."""
 
     x: Tensor
     off: Tensor | None = None
@@ -78,19 +75,19 @@ class Total(NamedTuple):
 
     x: Tensor
     size: Tensor
-    """For each sum, the sum of the products' magnitudes. The rounding error of a sum is proportional to `size`."""
+    """Sum of the products' magnitudes, to which rounding errors are proportional."""
     off: Tensor | None
-    """Maximum change of each sum if rounding ties of the operands are rounded the other way. None: no change."""
+    """Maximum change of each sum by rounding ties of operands."""
 
 
 def slack(given: NearNumbers | Total) -> Tensor:
-    """Returns the possible error `off` of each number, as zeros if `off` is None."""
+    """Returns the possible errors `off`, as zeros if `off` is None."""
     return torch.zeros_like(given.x) if given.off is None else given.off
 
 
 def spacing(x: Tensor, form: PlainFormat) -> Tensor:
     """Returns the distance between neighbouring numbers of the format, near x."""
-    # The exponent bits without the mantissa are x rounded down to a power of two.
+    # The exponent bits alone are x rounded down to a power of two.
     leading = x.abs().clamp_min_(2.0**form.least).view(torch.int64) & EXPONENT
     return leading.view(torch.float64).mul_(2.0**-form.mantissa)
 
@@ -101,15 +98,13 @@ def power(exponent: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, form: PlainFormat) -> Tensor:
-    """Rounds x to the nearest number of the format, with ties to even. Magnitudes above the format's largest number
-    become the largest number."""
+    """Rounds x to the nearest number of the format, ties to even."""
     step = spacing(x, form)
     return ((x / step).round_() * step).clamp_(-form.largest, form.largest)
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Rounds numbers to the format. noise: possible error before the rounding, in addition to `off`. The result's `off`
-    covers every number to which a rank may round."""
+    """Rounds numbers to the format. noise: possible error before rounding."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)
@@ -121,30 +116,28 @@ def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule by which an operand is cast to a lower format."""
+    """The rule by which an operand is cast."""
 
     form: PlainFormat
     shared: str
-    """Which numbers have a common scale: 1x128, 1x32, 128x128, row (all numbers along the axis of the sum) or
-    tensor."""
+    """Numbers with a common scale: 1x128, 1x32, 128x128, row or tensor."""
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
-    """The smallest magnitude from which a scale is computed. It replaces the largest magnitude of a tile if that is
-    smaller."""
+    """The smallest magnitude from which a scale is computed."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
-        """Returns the numbers of rows and of columns with a common scale; None for all. along: axis of the sum, -1 or
-        -2."""
+        """Returns how many rows and columns have a common scale; None: all."""
         sides = {"1x128": (1, TILE), "1x32": (1, 32), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}
         across_along = sides[self.shared]
         return across_along if along == -1 else across_along[::-1]
 
 
 def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
-    """Casts an operand (..., M, N), and returns the values that the matmul multiplies. rule=None: no cast.
+    """Casts an operand (..., M, N), and returns the values that the matmul multiplies.
 
-    along: axis of the sum, -1 or -2. noise: relative error of the numbers, in addition to `off`.
+    - along: axis of the sum, -1 or -2.
+    - noise: relative error of the numbers, besides `off`.
     """
     if rule is None:
         return given
@@ -164,8 +157,7 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
 
 
 def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
-    """Quantizes these blocks to q, and returns the values q * scale that a matmul multiplies. largest: the largest
-    magnitude of each block."""
+    """Quantizes blocks to q, and returns q * scale for a matmul."""
     amax, most = largest.clamp_min(rule.floor).float(), torch.tensor(rule.form.largest, dtype=torch.float32)
     scale, inverse = (amax / most).double(), (most / amax).double()
     if rule.is_power:
@@ -177,7 +169,7 @@ def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _blocks(x: Tensor, rule: Rule, along: int) -> Tensor:
-    """Divides x into blocks: (..., M, N) becomes (..., m, rows, n, columns). Pads M and N with zeros at the end."""
+    """Divides x into blocks, padded with zeros: (..., M, N) becomes (..., m, rows, n, columns)."""
     height, width = x.shape[-2:]
     rows, columns = (side or size for side, size in zip(rule.block(along), (height, width), strict=True))
     rows, columns = max(1, min(rows, height)), max(1, min(columns, width))
@@ -194,8 +186,7 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearRules:
-    """The casts of a linear layer: one for each operand of each matmul, and one for the input that is saved for Wgrad
-    (`kept`). None: no cast."""
+    """Casts of a linear layer's matmuls, and of the saved input (`kept`)."""
 
     fprop: tuple[Rule | None, Rule | None]
     dgrad: tuple[Rule | None, Rule | None]
@@ -211,18 +202,17 @@ class PlainRounding:
     """Format of activations between matmuls."""
     dense: LinearRules
     output: LinearRules
-    """The casts of the linear layer that computes attention's output (the output projection)."""
+    """Casts of the output projection, which computes attention's output."""
     up: LinearRules
     down: LinearRules
-    """The casts of the experts' second linear layer, which follows SwiGLU. `up` has the casts of the experts' first
-    linear layer."""
+    """Casts of the experts' second linear layer."""
     swiglu: Rule | None
-    """The cast with which the input of the experts' SwiGLU is saved."""
+    """The cast with which the experts' SwiGLU input is saved."""
     is_fp8: bool
 
 
 def read_rounding(precision: Values) -> PlainRounding:
-    """Returns the casts of a recipe. The recipe describes the cast of an operand as FORMAT/GRANULARITY/SCALE."""
+    """Returns a recipe's casts, which it describes as FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
@@ -247,7 +237,7 @@ def read_rounding(precision: Values) -> PlainRounding:
 
 
 def matmul(left: NearNumbers, right: NearNumbers) -> Total:
-    """Multiplies left (O, C) by the transpose of right (N, C), and returns (O, N)."""
+    """Multiplies left (O, C) by right (N, C) transposed: (O, N)."""
     x, size = left.x @ right.x.mT, left.x.abs() @ right.x.abs().mT
     off = None
     if left.off is not None:
@@ -259,7 +249,7 @@ def matmul(left: NearNumbers, right: NearNumbers) -> Total:
 
 
 def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
-    """Computes Fprop of a linear layer. weight: (N, K), already cast for this matmul."""
+    """Computes Fprop. weight: (N, K), already cast for this matmul."""
     return matmul(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
@@ -269,23 +259,23 @@ def transposed(given: NearNumbers) -> NearNumbers:
 
 
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
-    """Computes Dgrad of a linear layer. weight: (N, K), already cast for this matmul."""
+    """Computes Dgrad. weight: (N, K), already cast for this matmul."""
     return matmul(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
-    """Computes Wgrad of a linear layer, the weight's gradient (N, K). kept_TK: the saved input."""
+    """Computes Wgrad, the weight's gradient (N, K). kept_TK: the saved input."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
     return matmul(transposed(left), transposed(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:
-    """Returns the values of an input after it was cast by `rule` and saved for Wgrad."""
+    """Returns an input as it is saved for Wgrad."""
     return NearNumbers(x_TK) if rule is None else cast(NearNumbers(x_TK), rule, -1)
 
 
 def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
-    """Casts a weight (..., N, K) for Fprop or Dgrad. which: `fprop` or `dgrad`."""
+    """Casts a weight (..., N, K) for Fprop or Dgrad (`which`)."""
     return (
         cast(NearNumbers(weight), rules.fprop[1], -1)
         if which == "fprop"
@@ -306,21 +296,18 @@ class SwigluSlopes(NamedTuple):
 
 
 def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
-    """Computes silu(gate) * up, (R, F). gates_R: the router's gates, by which rows are multiplied (paper 3.3.3), or
-    None."""
+    """Computes silu(gate) * up, (R, F), times any gates (paper 3.3.3)."""
     gate_RF, up_RF = h_R2F.chunk(2, -1)
     made = gate_RF * gate_RF.sigmoid() * up_RF
     return made if gates_R is None else made * gates_R[:, None]
 
 
 def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
-    """Computes the gradients of SwiGLU's input h and of the router's gates. da_RF: gradient of SwiGLU's output. h_R2F:
-    the saved input."""
+    """Computes the gradients of SwiGLU's input and of the gates."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns silu(gate) * up, its derivatives with respect to gate and up, and for each derivative the sum of the
-        magnitudes of its terms."""
+        """Returns silu(gate) * up, its derivatives, and their terms' magnitudes."""
         gate_RF, up_RF = h_R2F.chunk(2, -1)
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF, rest_RF = gate_RF * sigmoid_RF, gate_RF * (1 - sigmoid_RF)
@@ -351,8 +338,7 @@ def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbe
 def cast_rows(
     given: NearNumbers, counts: Sequence[int], rule: Rule | None, along: int, noise: float = 0.0
 ) -> NearNumbers:
-    """Casts the rows of several experts, so that no tile contains rows of two experts. counts: number of rows of each
-    expert."""
+    """Casts the rows of several experts, each expert in separate tiles."""
     rows = None if rule is None else rule.block(along)[0]
     if rule is None or rows in (None, 1):
         return cast(given, rule, along, noise)

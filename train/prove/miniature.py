@@ -1,19 +1,17 @@
-"""Reduces a recipe to a miniature that runs in seconds. It keeps every structure in which a layout can be wrong.
+"""Reduces a recipe to a miniature that runs in seconds and keeps every structure in which a layout can be wrong.
 
-These values become small: widths, vocabulary, sequence length, number of layers, experts of a group, and number of
+These values become small: widths, vocabulary, sequence length, and numbers of layers, experts per group and
 micro-batches. Other settings stay, such as parallelism and precision.
 
 A layout has as many ranks as the product of these degrees:
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-If this is more than `prove.ranks`, degrees above 1 become smaller. The first two become 2. The last two become their
-smallest prime factor, because they must divide the number of experts. If there are still too many ranks, some degrees
-become 1, in the order of `LOST`. If possible, a pipeline of three or more ranks keeps three ranks. Context parallelism
-splits a sequence over two ranks.
+If this exceeds `prove.ranks`, the first two degrees become at most 2, and the last two their smallest prime factor. If
+there are still too many ranks, degrees become 1, in the order of `LOST`. If possible, a pipeline of three or more ranks
+keeps three ranks. Context parallelism splits a sequence over two ranks.
 
-Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
-the loss is shorter than the others.
+The vocabulary size is prime, so ZeRO has to pad its shards.
 """
 
 import itertools
@@ -56,25 +54,24 @@ STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
-"""Hidden width of a miniature: TILED_WIDTH with FP8 matmuls or an FP8 wire format, otherwise MINIATURE_WIDTH.
-TILED_WIDTH gives two tiles of 128, the second not full."""
+"""Hidden width of a miniature. TILED_WIDTH is for FP8 matmuls or an FP8 wire format: two tiles of 128, the second not
+full."""
 ROPE = 16
-"""Width of the rotated part of a head: eight pairs, some of them in YaRN's ramp."""
+"""Width of the rotated part of a head: eight pairs."""
 ODD = 15
-"""Maximum width of the latent of keys and values on a CPU. An odd width gives the latent's norm weight shards whose
-lengths are not multiples of a vector length. On a GPU, the maximum is 16, because GEMMs need multiples of 16 bytes."""
+"""Maximum width of the latent of keys and values on a CPU. An odd width makes the lengths of norm weight shards odd. On
+a GPU, the maximum is 16, because GEMMs need multiples of 16 bytes."""
 HEADS = 3
-"""Number of heads. With only two, the next head is also the first or the last. A layout could then use a wrong head
-undetected."""
+"""Number of heads. With only two, some wrong layouts are undetected."""
 EXPERTS = 32
 RANK = 8
-"""Maximum rank of the miniature's LoRA adapter. The adapter's scale stays as in the recipe."""
+"""Maximum rank of the miniature's LoRA adapter."""
 CLIP = 0.1
-"""Maximum of optim.clip in the miniature. The miniature's gradient norms are larger, so its gradients are clipped."""
+"""Maximum of optim.clip. Gradients of the miniature are then clipped."""
 RATE = 1e-3
-"""Minimum learning rate of the miniature. With a smaller rate, rounding could hide the change of the weights."""
+"""Minimum learning rate, so that rounding cannot hide the weights' change."""
 BUFFER = 4096.0
-"""Maximum bytes of a checkpoint's host buffer. The buffer is so small that a checkpoint is written in several parts."""
+"""Maximum bytes of a host buffer, for checkpoints in several parts."""
 SHOWN = (
     "model.",
     "adapter.",
@@ -87,9 +84,9 @@ SHOWN = (
     "batch_size",
     "micro_batch_size",
 )
-"""Prefixes of the configuration keys whose values are shown for the recipe and for the miniature."""
+"""Prefixes of the configuration keys whose changes mode=prove shows."""
 OWN = ("mode", "resume")
-"""Configuration keys that always differ from the recipe in mode=prove. mode=prove does not report these differences."""
+"""Configuration keys that always differ in mode=prove, and are not reported."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,11 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Degrees that become 1, in this order, while the layout has too many ranks. A value names the structure that
-mode=prove cannot check after its degree has become 1."""
+"""Degrees that become 1, in this order, and the structures lost thereby."""
 
 
 def shrink(cfg: Config) -> Miniature:
-    """Returns the miniature of a recipe. The recipe must have passed check_layout, and the miniature passes the same
-    checks."""
+    """Returns the miniature of a recipe. Both pass check_layout."""
     model, optim = replace(cfg.model, block=None, router=None), replace(cfg.optim, extra_loss=None)
     whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference does not run the user's own code
     if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
@@ -207,8 +202,7 @@ def _has_gpu(cfg: Config) -> bool:
 
 
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
-    """Returns a layout with at most prove.ranks ranks and the recipe's structure, and a sentence for each dropped
-    structure."""
+    """Returns a small layout, and a sentence for each dropped structure."""
     whole, most = layout_of(cfg), cfg.prove.ranks
     inside = whole.ep_ranks_per_node if cfg.parallel.dispatch_facts.by_nodes else whole.ep
     if whole.world <= most:
@@ -225,8 +219,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
     ep = degrees.nodes * degrees.inside
     ranks, cp = degrees.edp * ep, 1
     if whole.cp > 1:
-        # Two ranks split a sequence. If the recipe divides the batch among several ranks, the miniature divides it by
-        # two.
+        # Two ranks split a sequence. A batch that several ranks divide is divided by two.
         wanted = 2 * min(whole.dp, 2)
         while ranks % wanted and 2 * ranks * degrees.pp <= most:
             ranks *= 2
@@ -239,8 +232,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
 
 
 def _sequence(cfg: Config, layout: Layout) -> int:
-    """Returns a sequence length of about SEQUENCE tokens. Context parallelism cuts it into two pieces per rank, each
-    longer than mtp_depth."""
+    """Returns a sequence length near SEQUENCE that context parallelism can cut."""
     if layout.cp == 1:
         return min(cfg.seq_len, SEQUENCE)
     pieces = 2 * layout.cp
@@ -248,16 +240,14 @@ def _sequence(cfg: Config, layout: Layout) -> int:
 
 
 def _least(degree: int) -> int:
-    """Returns the smallest prime factor of a degree. If a degree divides the number of experts or groups, so does its
-    smallest prime factor."""
+    """Returns the smallest prime factor of a degree."""
     return next((part for part in range(2, degree + 1) if degree % part == 0), 1)
 
 
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """Returns the number of layers, and the value of parallel.split.
 
-    If the recipe's first or last stage has no layer, the miniature's has none either. If the recipe's inner stages
-    differ in their number of layers, one stage of the miniature has more.
+    An empty first or last stage stays empty. Inner stages of different lengths stay different.
     """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
@@ -307,8 +297,7 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
-    """Returns the settings of a small indexer. If the recipe's top_k is below its sequence length, the small top_k is a
-    quarter to a half of `seq_len`."""
+    """Returns the settings of a small indexer that also chooses keys."""
     sparse = cfg.model.sparse
     if cfg.seq_len > sparse.top_k:
         share = sparse.top_k * seq_len // cfg.seq_len
@@ -318,8 +307,8 @@ def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -
 
 
 def _experts(model: Model, ep: int) -> int:
-    """Returns a number of experts near EXPERTS, divisible by the number of groups and of ranks. If possible, a token
-    chooses from at least 2 * top_k experts."""
+    """Returns a number of experts near EXPERTS, divisible by groups and ranks. If possible, a token chooses among 2 *
+    top_k or more experts."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -327,8 +316,7 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Returns the number of tokens per chunk of the loss. If the recipe has several chunks, so has the miniature, with
-    a shorter last chunk."""
+    """Returns tokens per chunk of the loss; several chunks stay several."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens
@@ -336,8 +324,8 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Returns two numbers of micro-batches per rank: at the start of the batch ramp, and after the ramp. If the
-    recipe's micro-batches fill every phase of the pipeline schedule, so do the miniature's micro-batches."""
+    """Returns the micro-batches per rank at the start and after the batch ramp. They fill the pipeline's phases as in
+    the recipe."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
@@ -359,8 +347,11 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """Returns the recipe's optimizer settings, with schedules that fit into few steps. start: batch size at the start
-    of the batch ramp. more: number of sequences by which the ramp enlarges the batch."""
+    """Returns the recipe's optimizer settings, with schedules for few steps.
+
+    - start: batch size at the start of the batch ramp.
+    - more: number of sequences that the ramp adds.
+    """
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)
@@ -369,8 +360,7 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:
-    """Returns one sentence for every changed setting of model, training and layout, and one that lists all ignored
-    settings."""
+    """Returns a sentence per changed setting, and one about ignored settings."""
     changed = [
         (name, there, here) for name, there, here in _both_values("", cfg, small) if here != there and name not in OWN
     ]
@@ -382,7 +372,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
 
 
 def _both_values(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yields all configuration keys, as (key, value in the recipe, value in the miniature)."""
+    """Yields all keys, as (key, recipe's value, miniature's value)."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):

@@ -1,8 +1,6 @@
-"""Records inputs and outputs of single parts of the model, such as a linear layer or a norm, for
-train/prove/judge_parts.py.
+"""Records inputs and outputs of single model parts, such as a linear layer, for train/prove/judge_parts.py.
 
-It uses hooks on modules, tensors and autograd nodes, and wraps methods and kernels. So it works for all kernels,
-schedules and recomputations, and changes no computation.
+Hooks on modules, tensors and autograd nodes, and wrapped methods and kernels, record without changing the computation.
 
 Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank in a step:
 
@@ -13,7 +11,7 @@ Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank
     LoRA A and B           the input after dropout, as `dropped`; for the second matmul of experts, as `dropped_a`
     attention              q, k, v, y, and the gradients dq, dk, dv, dy; not with context parallelism
     embedding              ids, y, dy
-    output head            under head.DEPTH, for each depth: x, dx; the loss as y, and its gradient dy
+    output head            under head.DEPTH: x, dx; the loss as y, and its gradient dy
 """
 
 import threading
@@ -37,14 +35,13 @@ from train.model.recompute import is_repeated
 from train.model.router import Router
 
 TILE = 128
-"""The rows of an expert may be padded to a multiple of this number."""
+"""The rows of an expert may be padded to this multiple."""
 BETWEEN = 8
-"""Maximum number of autograd nodes between the output of experts and their input."""
+"""Maximum number of autograd nodes between experts' output and input."""
 
 
 class PartsWatch:
-    """Records inputs and outputs of the parts of these chunks while `is_on` is True. precision: the precision object of
-    the chunks."""
+    """Records inputs and outputs of chunks' parts while `is_on` is True."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
@@ -77,12 +74,11 @@ class PartsWatch:
         self.seen, self._calls = {}, {}
 
     def is_watching(self) -> bool:
-        """Returns whether to record now. The recomputation of a complete layer is not recorded, because no gradient
-        flows through its graph."""
+        """Returns whether to record now. Recomputed complete layers are not recorded."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
-        """Counts a call of the part. Returns the end of the call's key, NAME/NUMBER."""
+        """Counts a call of the part, and returns NAME/NUMBER."""
         number = self._calls[name] = self._calls.get(name, -1) + 1
         return f"{name}/{number}"
 
@@ -134,11 +130,11 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """Maps the name of a part to the keys of its calls that are in progress in this thread."""
+        """Maps a part to the keys of its calls in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
-        """Replaces a layer's `run_experts`. run: the original method. first: index of this rank's first expert."""
+        """Replaces a layer's `run_experts`. first: index of the first expert."""
         if not (self.is_watching() and torch.is_grad_enabled()):
             return run(routed)
         rows_RD, gates_R, counts = routed.rows_RD, routed.gates_R, routed.counts_E
@@ -175,7 +171,7 @@ class PartsWatch:
     def _drop(
         self, name: str, what: str, drop: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor
     ) -> tuple[Tensor, Any]:
-        """Replaces the method that applies dropout to the input of LoRA A. drop: the original method."""
+        """Replaces the dropout of LoRA A's input. drop: the original method."""
         dropped, context = drop(x)
         key = self._open().get(name) or getattr(self._here, "experts", (None,))[0]
         if isinstance(key, list):  # the head calls its LoRA once for each depth, in order
@@ -191,8 +187,7 @@ class PartsWatch:
         setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
-        """Sets the key for the next input of the experts' SwiGLU in this thread. key: None if the input is not
-        recorded."""
+        """Sets the key for this thread's next SwiGLU input of experts."""
         self._here.experts = key, counts
 
     def saw_swiglu(self, h: Tensor) -> None:
@@ -202,7 +197,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """Returns the tensor as a new view. A hook on this view receives only the gradient that flows through this view."""
+    """Returns a new view, whose hook gets only its own gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:
@@ -216,7 +211,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """Wraps the FP8 engine or the kernels of a model. It forwards all calls, and records the input of each SwiGLU."""
+    """Wraps an FP8 engine or kernels, and records the inputs of SwiGLU."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch
@@ -230,7 +225,7 @@ class _WatchedSwiGLU:
 
 
 def _lora_modules(module: nn.Module) -> dict[str, Any]:
-    """Maps the names `dropped` and `dropped_a` of recorded inputs to the LoRA modules inside a module."""
+    """Maps `dropped` and `dropped_a` to a module's LoRA modules."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),
@@ -239,8 +234,7 @@ def _lora_modules(module: nn.Module) -> dict[str, Any]:
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:
-    """Returns the autograd node whose first input is x. The search starts at y and follows the first input of each
-    node."""
+    """Returns the first autograd node from y whose first input is x."""
     node = y.grad_fn
     for _ in range(BETWEEN):
         assert node is not None
@@ -252,7 +246,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
 
 
 def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns the rows of all experts without the padding rows that follow each expert's rows."""
+    """Returns the experts' rows without the padding after each expert's rows."""
     if len(rows_PX) == sum(counts):
         return rows_PX
     starts = accumulate((-(-count // TILE) * TILE for count in counts), initial=0)

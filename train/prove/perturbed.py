@@ -1,11 +1,9 @@
 """Measures how sensitive a step is to rounding: the reference repeats the step with random perturbations.
 
-In steps with a sharp softmax or a small width, correct ranks may differ by several times a bound that depends only on
-the number of matmuls. So the reference perturbs every weight, output and output gradient by the unit roundoff of the
-format.
+With a sharp softmax or a small width, a correct rank may exceed a bound that is computed from the number of matmuls. So
+the reference perturbs every weight, output and output gradient by the unit roundoff of the format.
 
-In some narrow models, FP8 rounding alone may change a tensor by its full magnitude. Then the certificate counts the
-tensor's elements as inconclusive. The checks `exact` and `fp32` are still conclusive.
+In some narrow models, FP8 rounding alone may change a tensor by its full magnitude. Its elements are then inconclusive.
 """
 
 import math
@@ -22,11 +20,10 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""RUNS: number of perturbed runs in low precision. FP32_RUNS: number of perturbed runs in fp32, which rarely needs any.
-For a tensor with few elements, three runs are too few to estimate the largest change."""
+"""Number of perturbed runs: RUNS in low precision, FP32_RUNS in fp32."""
 MARGIN = 4.0
-"""Maximum ratio of a difference to the largest change in the perturbed runs. A run perturbs each part once, but a rank
-rounds about ten times in a part, so its error is about sqrt(10) = 3.2 times as large."""
+"""Maximum ratio of a difference to the largest perturbed change. A rank rounds about ten times in a part, but a run
+perturbs once."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ReferenceStep:
 
 
 def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
-    """Runs forward and backward of the reference on one step's batch. The gradient of an unused weight is zero."""
+    """Runs the reference's forward and backward on one step's batch."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
     return ReferenceStep(
@@ -48,20 +45,22 @@ def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> 
 
 
 class PerturbedRuns:
-    """The perturbed runs of one step. They are computed when `bound` is first called."""
+    """The perturbed runs of one step, computed by the first `bound`."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
-        """unit: unit roundoff of the format, relative to the value.
-
-        near: if the scores of two experts differ by at most `near`, rounding may exchange these experts in the balance
-        loss. An additional run exchanges all such experts. None: no additional run.
+        """- unit: unit roundoff of the format.
+        - near: an additional run exchanges experts in the balance loss if their scores differ by at most `near`. None:
+          no such run.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """Returns the bound on the distance between a rank's result and `want`, divided by `scale`. part: selects this
-        result from a perturbed run. by_norm: the distance is the root mean square, otherwise the maximum."""
+        """Returns the bound on a rank's distance from `want`, divided by `scale`.
+
+        - part: selects the compared tensor from a perturbed run.
+        - by_norm: whether the distance is the root mean square; False: the maximum.
+        """
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
@@ -96,8 +95,7 @@ class PerturbedRuns:
         return run_reference_step(moved, self._samples, self._plan)
 
     def _run_swapped(self, near: float) -> ReferenceStep:
-        """Runs the step again. If two experts nearly tie for a token's last choice, the balance loss counts the expert
-        that was not chosen."""
+        """Runs the step again, with other choices in the balance loss's near-ties."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

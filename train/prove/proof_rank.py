@@ -1,13 +1,11 @@
-"""Runs one rank of mode=prove, and records tensors and counters as evidence. The driver starts `python -m
-train.prove.proof_rank CONFIG [PART]`. The checks are:
+"""Runs one rank of mode=prove, and records its evidence. The driver starts `python -m train.prove.proof_rank CONFIG
+[PART]`. The checks are:
 
-    exact      one step in fp64; records the gradients of this rank before any reduction; the thresholds at which code
-               takes another path (conf/thresholds.py) are lowered, so that small inputs take this path too
+    exact      one step in fp64, with lowered thresholds (conf/thresholds.py); records gradients before any reduction
     loop       steps of a custom loop in fp64, in train/prove/loop_rank.py
-    fp32       steps of the Trainer with DeepSpeed; writes a checkpoint while a later step runs; resumes from this
-               checkpoint in another layout, with another batch size and lowered thresholds; in one step, one rank gets
-               a gradient that is not finite
-    recipe     same steps as in check fp32, but in the recipe's precision
+    fp32       steps of the Trainer with DeepSpeed, one of them with a gradient that is not finite; a checkpoint, and a
+               resume from it in another layout, with another batch size and lowered thresholds
+    recipe     the steps of check fp32 in the recipe's precision
     tiles      two steps in the recipe's precision, with two tiles in every width
 """
 
@@ -78,7 +76,7 @@ from train.rank import choose_device, guarded, start_process_group
 from train.rank_parts import ParallelModel, RankModel, RankSetup
 
 PARTS = (0, 1)
-"""Indices of the parts of a run. Part 0 saves a checkpoint, and part 1 resumes from it."""
+"""Parts of a run: before and after the resume."""
 
 
 def run_rank(
@@ -88,8 +86,7 @@ def run_rank(
     proofs: Sequence[str] | None = None,
     parts: Sequence[int] = PARTS,
 ) -> int:
-    """Write this rank's evidence of the checks `proofs` (None: all). Returns the exit code. failures: see
-    train.rank.guarded. parts: see `run_pass`."""
+    """Write this rank's evidence of the checks. Returns the exit code."""
     given = [*PROOFS] if proofs is None else proofs
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, given, parts)))
 
@@ -103,10 +100,7 @@ def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[in
 
 
 def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
-    """Write the evidence of one check. All ranks must be in a process group.
-
-    parts: parts of the run. Part 0 saves a checkpoint; part 1 resumes from it in another layout.
-    """
+    """Write the evidence of one check. Ranks must have a process group."""
     as_run = PROOFS[proof](config)
     if proof not in IN_FP64:
         prove_trained(proof, as_run, place, device, parts)
@@ -118,8 +112,7 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device, par
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
-    """Returns this rank's setup with process groups for config's layout. An earlier part of the run may have had
-    another layout."""
+    """Returns this rank's setup, with process groups for config's layout."""
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
@@ -128,7 +121,7 @@ def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
 
 
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
-    """Runs check `exact`: one step of the engine without an optimizer. Writes the evidence of the step."""
+    """Runs check `exact`: one step without an optimizer. Writes its evidence."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
     first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
@@ -148,9 +141,8 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
 def exact_engine(
     config: Config, rank: RankSetup, device: torch.device
 ) -> Iterator[tuple[Engine, RankModel, "LocalGradients"]]:
-    """Yields an engine in fp64 with the proof's weights and biases, the engine's model, and the object that holds the
-    gradients."""
-    # Drawn before fp64 starts, because the random numbers would differ in fp64.
+    """Yields an fp64 engine with proof weights, its model, local gradients."""
+    # Drawn before fp64 starts, because random numbers differ in fp64.
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
         kernels = build_kernels(
@@ -165,7 +157,7 @@ def exact_engine(
 
 
 def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
-    """Add the largest attention scores of each layer to the evidence, if the engine has recorded these scores."""
+    """Add each layer's largest attention scores to the evidence, if recorded."""
     if step.clip is not None:
         for name, scores_H in zip(step.clip.layers, outcome.scores_LH, strict=True):
             evidence.add("scores", name, scores_H)
@@ -196,8 +188,7 @@ class LocalGradients(Zero):
             chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
-        """Add the local gradients to the evidence. For experts, also add the index of the rank's first element in the
-        stacked gradient."""
+        """Add the local gradients, and the experts' offsets, to the evidence."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():
@@ -238,8 +229,7 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
-    """Trains, saves a checkpoint, resumes from it in another layout, and trains the rest. Check `tiles` has no
-    checkpoint."""
+    """Trains, saves a checkpoint, and resumes in another layout."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -268,9 +258,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
     in_memory = CopiesInMemory(None)
     hooks = build_hooks(config, rank, parts, Flops(0.0, 0.0, 1.0, ""), in_memory, None)
-    if (
-        proof == "tiles"
-    ):  # values may overflow in a faulty part; the run must go on, so that the judge can name the part
+    if proof == "tiles":  # a faulty part may overflow; the run must go on, so that the judge can name the part
         hooks = [hook for hook in hooks if not isinstance(hook, SkippedSteps)]
     state = RunState(config, rank.mesh, parts, hooks)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
@@ -294,8 +282,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
 
 @torch.no_grad()
 def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
-    """Copy the proof's weights into the master weights, and the proof's biases into the routers. Set the moments to
-    0."""
+    """Copy the proof's weights and biases into this rank."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():
         kind, weight = name.split(".", 1)
@@ -311,8 +298,7 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
-    """Fill the frozen base weights and router biases of a model with an adapter. A checkpoint of an adapter does not
-    contain these weights and biases."""
+    """Fill an adapter's frozen base weights and router biases."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 
@@ -328,7 +314,7 @@ def _fill(shard: Shard, whole: Tensor) -> None:
 
 
 class _Stop(StopRequest):
-    """Replaces the handler of stop signals. Only mode=prove itself can ask the run to stop."""
+    """Replaces the handler of stop signals: only mode=prove stops the run."""
 
     def __init__(self) -> None:
         self.signal, self.has_stepped = None, False
@@ -338,8 +324,8 @@ class _LateCheckpointer(Checkpointer):
     """A checkpointer that imitates a slow disk. It writes a copied state only at the next save or at the end of
     training.
 
-    So the check detects values from a later step in a checkpoint. If a checkpoint is copied in several parts, it is
-    written without delay, because training waits for it.
+    A checkpoint with values from a later step is thus detected. If a checkpoint is copied in several parts, training
+    waits for it, so it is written at once.
     """
 
     def __init__(self, *arguments, **settings) -> None:
@@ -369,8 +355,7 @@ class _ProvenTrainer(Trainer):
     """Sluice's Trainer that also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
-        """Train, and write what the rank records in every step. start: the evidence that receives the state before the
-        first step."""
+        """Train and write each step's evidence. start: for the state before."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
         watched = self._proof == "tiles" or is_rounded(self._proof, self.run.config)
@@ -385,7 +370,7 @@ class _ProvenTrainer(Trainer):
         self.train()
 
     def leave_state(self, evidence: Evidence) -> None:
-        """Add the rank's state to the evidence of a step, and write this evidence."""
+        """Add the rank's state to the evidence, and write it."""
         info, state = evidence.info, self.run.state
         info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
         for name, shard in self.run.state.shards().items():
@@ -432,7 +417,7 @@ class _ProvenTrainer(Trainer):
         return stop
 
     def _add_weights(self, evidence: Evidence) -> None:
-        """Add the results of `Engine.weights` to the evidence of rank 0. All ranks must call this method."""
+        """Add `Engine.weights` to rank 0's evidence. All ranks must call it."""
         if self.run.config.adapter.base is BaseFormat.fp8:
             return  # with an FP8 base, the engine does not return complete weights
         for name, weight in self.run.engine.weights():
@@ -444,8 +429,7 @@ class _ProvenTrainer(Trainer):
 
 
 class _Gradients:
-    """The gradients of one step: this rank's gradients before the reduction, and this rank's shard of the reduced
-    gradients."""
+    """This rank's local gradients, and its shard of reduced gradients."""
 
     def __init__(self) -> None:
         self.reduced: dict[str, Shard] = {}
@@ -453,8 +437,7 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Record a gradient of this rank before it is reduced. ZeRO stage 3 calls this in each micro-batch; gradients
-        are summed in fp64."""
+        """Record a local gradient before its reduction, summed over micro-batches."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())
@@ -470,8 +453,7 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine that copies the gradients twice: before their reduction, and before the update. last: step after which
-    the engine asks the run to stop."""
+    """An engine that copies gradients before reduction and before the update."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         vars(self).update(vars(step))  # takes over the state of the given engine

@@ -1,4 +1,4 @@
-"""Converts a recipe to a plain mapping of its fields, without derived values. The references read this mapping."""
+"""Converts a recipe to a plain mapping of its fields."""
 
 from dataclasses import asdict
 from typing import Any
@@ -14,5 +14,5 @@ class Values(dict[str, Any]):
 
 
 def read_values(recipe: Any) -> Values:
-    """Converts a dataclass and its nested dataclasses to a mapping of their fields."""
+    """Converts nested dataclasses to a mapping of their fields."""
     return asdict(recipe, dict_factory=Values)

@@ -1,9 +1,8 @@
 """Implements DeepSeek-V3 in one file, as its formulas are written. mode=prove compares every layout with this
 reference.
 
-Read the file from top to bottom to learn the model. The code is slow: one process, one expert after another, and
-autograd. Its dtype is that of the weights. It shares no code with the judged code, only the recipe's values and the
-names of weights.
+Read the file from top to bottom to learn the model. The code is slow, and shares no code with the judged program. Its
+dtype is that of the weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
@@ -30,11 +29,11 @@ from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
 from train.prove.reference_sparse import indexer_shapes, over_chosen
 
 Weights = dict[str, Tensor]
-"""Maps names to weights. Experts are stacked: w13 (E, 2F, D) has the rows of w1, then those of w3; w2 is (E, D, F)."""
+"""Weights by name. Experts are stacked: w13 (E, 2F, D) has the rows of w1, then of w3; w2 is (E, D, F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all weights of the model, in the order of a forward pass. Linear layers have no bias."""
+    """Returns the shapes of all weights, in forward order."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
     queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
@@ -73,13 +72,13 @@ def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
 
 
 def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the trained weights: all weights of the model, or with an adapter only LoRA A and B."""
+    """Returns the shapes of trained weights (adapter: LoRA A and B)."""
     shapes = weight_shapes(config.model)
     return adapter_shapes(config, shapes) if is_adapted(config) else shapes
 
 
 def layers_with_experts(model: Values) -> list[str]:
-    """Returns the names of the layers with experts, in the order of a forward pass. Every MTP module is included."""
+    """Returns the names of layers with experts, in forward order."""
     main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
     return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
 
@@ -88,7 +87,7 @@ def layers_with_experts(model: Values) -> list[str]:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Returns x divided by its root mean square, times the norm weight."""
+    """Returns x divided by its root mean square, times norm weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
@@ -101,12 +100,12 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
     """Returns the rotation angle of each pair j at each position t, (T, R/2). Without YaRN, it is t / theta^(2j/R).
 
-    For long sequences, YaRN changes the angle (paper 4.3). The change depends on how often the pair rotates over
-    original_seq_len positions:
+    For long sequences, YaRN changes the angle (paper 4.3). It depends on the pair's rotations over original_seq_len
+    positions:
 
-        more than beta_fast times    unchanged
-        less than beta_slow times    divided by `factor`
-        in between                   interpolated linearly
+        more than beta_fast    unchanged
+        less than beta_slow    divided by `factor`
+        in between             interpolated linearly
     """
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
@@ -142,28 +141,28 @@ def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
 
 @dataclass
 class WatchedPass:
-    """The results of a forward pass. After the backward pass, the tensors in `values` have their gradients."""
+    """The results of a forward pass. Backward adds gradients."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Outputs of the parts by name, in the order of the computation."""
+    """Outputs of the parts by name, in order of computation."""
     main: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Mean cross-entropy of the next token, in nats."""
     mtp: list[Tensor] = field(default_factory=list)
     """Loss of every MTP depth, not multiplied by its weight."""
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum of the sequence-wise balance losses of all layers, multiplied by the weight of the balance loss."""
+    """Sum of all layers' sequence-wise balance losses, multiplied by its weight."""
     index: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum of the losses of all indexers, multiplied by the weight of the indexers' losses."""
+    """Sum of all indexers' losses, multiplied by its weight."""
     loads: dict[str, Tensor] = field(default_factory=dict)
-    """Maps the name of each layer with experts to its tokens per expert."""
+    """Tokens per expert, by the name of the layer."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """Maps the name of each attention to the largest attention score of each head, (H,)."""
+    """Largest score of each head, (H,), by the attention's name."""
     trains: bool = True
-    """Whether this pass computes the MTP modules and the losses of indexers."""
+    """Whether to compute MTP modules and indexers' losses."""
     learnt: int = 1
-    """Number of learnt targets of the main model, but at least 1."""
+    """Number of learnt targets of the main model, at least 1."""
     open_BTT: Tensor | None = None
-    """Mask of the keys that the latest layer with an indexer chose for each query."""
+    """Keys that the latest layer with an indexer chose."""
 
     def keep(self, name: str, value: Tensor) -> Tensor:
         if value.requires_grad:
@@ -180,25 +179,24 @@ class PlainBatch(Protocol):
 
     @property
     def documents_BS(self) -> Tensor | None:
-        """Index of each token's document, or -1 for padding. A token attends only to its own document."""
+        """Index of each token's document; -1 for padding."""
         ...
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt; None for all. If it is not None, every document is an independent sample."""
+        """Which tokens are learnt; None: all, and documents are not independent."""
         ...
 
 
 @dataclass(frozen=True)
 class Seats:
-    """Documents, samples and learnt targets of a batch at MTP depth k. Position i predicts token i + k + 1."""
+    """Documents, samples and learnt targets at MTP depth k."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Index of each position's sample; -1 if the target is padding or in another sample. None without independent
-    samples."""
+    """Index of each position's sample; -1 for an unused target."""
     learnt_BT: Tensor | None = None
-    """Whether the target of each position is learnt; None if all targets are learnt."""
+    """Whether each position's target is learnt; None for all."""
     samples: int = 0
     """Number of samples in the batch."""
 
@@ -219,8 +217,8 @@ class Seats:
 class PlainModel:
     """The model with given weights and router biases.
 
-    choices: experts and keys to use instead of the model's choices. A router's name maps to experts (N, K). An
-    attention's name plus `.keys` maps to keys (B, T, T).
+    choices: replacements for the model's choices. A router's name maps to experts (N, K), an attention's name plus
+    `.keys` to keys (B, T, T).
     """
 
     def __init__(
@@ -234,8 +232,7 @@ class PlainModel:
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, trains: bool = True) -> WatchedPass:
-        """Runs a forward pass, and returns its results with all losses: main, MTP (eq. 21-25), balance and indexers.
-        trains: whether to compute MTP modules and indexers' losses."""
+        """Runs a forward pass with all losses. trains: as in `WatchedPass`."""
         if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
             whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
@@ -251,7 +248,7 @@ class PlainModel:
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
         seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], seats, learnt)
         for depth in range(1, model.mtp_depth + 1) if trains else ():
-            # At depth k, position i sees the tokens up to i + k, and predicts token i + k + 1.
+            # At depth k, position i sees tokens up to i + k, and predicts token i + k + 1.
             seats = Seats.of(batch, depth)
             if self.optim.detach_mtp and depth == 1:
                 state_BTD, embedded_BTD = state_BTD.detach(), embedded_BTD.detach()
@@ -266,8 +263,8 @@ class PlainModel:
     ) -> Tensor:
         """Returns the sum of -log softmax(head state)[target] over all learnt targets, divided by `learnt`.
 
-        learnt: number of the main model's targets, also at MTP depths (eq. 24). alone: whether the head gets no
-        gradient.
+        - learnt: number of the main model's targets, also at MTP depths (eq. 24).
+        - alone: whether the head gets no gradient.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T
@@ -275,8 +272,7 @@ class PlainModel:
         return (each_N if seats.learnt_BT is None else each_N[seats.learnt_BT.flatten()]).sum() / learnt
 
     def mtp(self, name: str, state_BTD: Tensor, next_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Runs one MTP module: concatenates the state with the embedding of a later token, and runs one more block
-        (eq. 21, 22)."""
+        """Runs one MTP module: concatenation, projection and a block (eq. 21, 22)."""
         w, eps = self.weights, self.model.norm_eps
         embedding_BTD = rms_norm(next_BTD, w[f"{name}.embedding_norm.weight"], eps)
         hidden_BTD = rms_norm(state_BTD, w[f"{name}.hidden_norm.weight"], eps)
@@ -285,7 +281,7 @@ class PlainModel:
         return seen.keep(name, rms_norm(x_BTD, w[f"{name}.norm.weight"], eps))
 
     def block(self, name: str, dense: bool, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Runs one block: x += attention(norm(x)); x += ffn(norm(x)). The FFN is dense or a mixture of experts."""
+        """Runs one block: x += attention(norm(x)); x += ffn(norm(x))."""
         w, eps = self.weights, self.model.norm_eps
         normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
         x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, seats, seen)
@@ -296,8 +292,7 @@ class PlainModel:
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
     def attention(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Computes multi-head latent attention (eq. 1-11). Keys and values come from a small latent. If q_rank is set,
-        queries come from another latent."""
+        """Computes multi-head latent attention (eq. 1-11)."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
@@ -332,8 +327,7 @@ class PlainModel:
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
     def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Computes the output of the shared experts plus the gated sum of the chosen experts (eq. 12). No token is
-        dropped."""
+        """Computes the shared experts plus the gated sum of the chosen experts (eq. 12)."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
@@ -350,8 +344,7 @@ class PlainModel:
     def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
         """Returns the gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice.
 
-        Some positions predict a token of another sample. The counts of tokens per expert and the balance loss ignore
-        these positions.
+        Token counts and the balance loss ignore positions that predict a token of another sample.
         """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
@@ -369,7 +362,7 @@ class PlainModel:
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
 
     def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
-        """Returns the mean of the balance losses over all sequences, or over the independent samples of the batch."""
+        """Returns the mean balance loss over sequences or independent samples."""
         if seats.samples_BT is None:
             return self.balance_loss(scores_BTE)
         total = scores_BTE.new_zeros(())
@@ -381,8 +374,8 @@ class PlainModel:
     def balance_loss(self, scores_BTE: Tensor) -> Tensor:
         """Computes sum_i f_i P_i for every sequence (eq. 17-20), and returns the mean over sequences.
 
-        f_i: number of tokens with expert i among the K best without bias, relative to the mean over experts. P_i:
-        expert i's fraction of a token's summed scores, averaged over tokens.
+        - f_i: number of tokens with expert i among the K best without bias, relative to the mean over experts.
+        - P_i: expert i's fraction of a token's summed scores, averaged over tokens.
         """
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
@@ -392,14 +385,12 @@ class PlainModel:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Returns the indices of the `count` largest values in the last axis. Among equal values, the value with the lower
-    index comes first."""
+    """Returns the indices of the largest values; in ties, the lower index."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def choose(model: Values, biased_NE: Tensor) -> Tensor:
-    """Returns the K experts with the highest biased scores in the top_groups best groups (paper 2.1.2, node-limited
-    routing)."""
+    """Returns the K best biased experts in the top_groups best groups (2.1.2)."""
     if model.top_groups < model.groups:
         open_NG = torch.zeros(len(biased_NE), model.groups, dtype=torch.bool, device=biased_NE.device)
         open_NG.scatter_(1, best(group_scores(model, biased_NE), model.top_groups), True)
@@ -409,8 +400,7 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """Returns each group's score, (N, G): the sum of its n best scores. By default, n is a token's average number of
-    experts in a chosen group."""
+    """Returns each group's score, (N, G): the sum of its n best scores."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 

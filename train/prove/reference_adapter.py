@@ -1,7 +1,6 @@
-"""Reference for LoRA adapters: every adapted matrix W is replaced by W + alpha / rank B A. Only A and B are trained.
+"""Reference for LoRA adapters: an adapted matrix W becomes W + alpha / rank B A. Only A and B are trained.
 
-w13 stacks w1 and w3 along the outputs; each has its own A and B, in every expert. The file shares no code with the
-judged code.
+w13 stacks w1 and w3 along the outputs; each has its own A and B, in every expert.
 
 Shapes: O outputs, I inputs, E experts, F inner width.
 """
@@ -21,7 +20,7 @@ ADAPTED_ENDS = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps each target of an adapter to the suffixes of the weight names that it adapts."""
+"""Suffixes of the weights that each adapter target adapts."""
 
 
 def is_adapted(config: Values) -> bool:
@@ -30,8 +29,7 @@ def is_adapted(config: Values) -> bool:
 
 
 def lora_prefixes(config: Values, weight: str) -> list[str]:
-    """Returns the name prefixes of A and B: one for each matrix in the weight. The list is empty if the weight is not
-    adapted."""
+    """Returns the name prefixes of A and B for each matrix in the weight."""
     targets = config.adapter.targets or ()
     if not is_adapted(config) or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
         return []
@@ -44,14 +42,12 @@ def lora_prefixes(config: Values, weight: str) -> list[str]:
 
 
 def is_stored_in_blocks(name: str) -> bool:
-    """Returns whether adapter.base=fp8 stores this weight in FP8 blocks: every weight that can be adapted, except the
-    head."""
+    """Returns whether adapter.base=fp8 stores this weight in FP8 blocks."""
     return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """Returns the weight (..., O, I) after a cast to E4M3. The scale of a 128x128 block maps its largest magnitude to
-    448."""
+    """Returns the weight after a cast to E4M3 in 128x128 blocks."""
     found = torch.empty_like(weight)
     for top in range(0, weight.shape[-2], 128):
         for left in range(0, weight.shape[-1], 128):
@@ -62,8 +58,8 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all A (rank, I) and B (O, rank). For experts, E is the first axis. shapes: those of the
-    model's weights."""
+    """Returns the shapes of all A (rank, I) and B (O, rank); E comes first for experts. shapes: shapes of the model's
+    weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
         prefixes = lora_prefixes(config, weight)
@@ -74,7 +70,7 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the model's weights, with alpha / rank B A added to every adapted weight."""
+    """Returns the model's weights, including the adapter's change."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
         if prefixes := lora_prefixes(config, name):

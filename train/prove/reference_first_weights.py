@@ -12,20 +12,18 @@ from torch import Tensor
 from train.prove.recipe_values import Values
 
 DISTANCE = 3.0
-"""Bound on the scaled Kolmogorov distance that `distance` returns. Correct random weights exceed this bound in 3 of
-10^8 cases."""
+"""Bound on `distance`, exceeded in 3 of 10^8 correct cases."""
 
 
 def constant_of(name: str, dims: int) -> float | None:
-    """Returns the initial value if all elements of the weight have the same initial value; None for random weights."""
+    """Returns the initial value of constant weights; None for random ones."""
     if name.endswith(("lora_B", ".bias")):
         return 0.0
     return 1.0 if dims == 1 else None
 
 
 def shares(config: Values, name: str, weight: Tensor) -> Tensor:
-    """Returns the cumulative distribution function at each element. For a correct weight, the values are uniform in [0,
-    1]."""
+    """Returns values that are uniform in [0, 1] for correct weights."""
     x = weight.double().flatten()
     if name.endswith("lora_A"):
         return (x * weight.size(-1) ** 0.5 + 1).clamp(0, 2) / 2
@@ -33,15 +31,13 @@ def shares(config: Values, name: str, weight: Tensor) -> Tensor:
 
 
 def distance(shares_N: Tensor) -> float:
-    """Returns the Kolmogorov distance between the distribution of the values shares_N and the uniform distribution,
-    times the square root of the number of values."""
+    """Returns the Kolmogorov distance from the uniform distribution, times sqrt(count)."""
     below, count = shares_N.sort().values, len(shares_N)
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum(steps[1:] - below, below - steps[:-1]).max()) * count**0.5
 
 
 def repeated(weight: Tensor) -> int:
-    """Returns the number of rows that are equal to another row of the weight. For experts, the other row may belong to
-    another expert."""
+    """Returns the number of rows that equal another row."""
     rows = weight.flatten(0, -2)
     return len(rows) - len(rows.unique(dim=0))

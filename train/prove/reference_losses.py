@@ -9,8 +9,8 @@
     gspo        ppo with the geometric mean of r instead of r      Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7
     kl          exp(d) - d - 1, d = ref_logprob - logprob          DeepSeekMath, arXiv 2402.03300, eq. 4
 
-A loss is a function of the N learnt tokens of one sample. The loss of a step is the weighted sum over all learnt
-tokens, divided by their number. This file shares no code with the judged code.
+A loss is a function of the N learnt tokens of one sample. A step's loss is the weighted sum over all learnt tokens,
+divided by their number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,7 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Maps a name to one value for each learnt token of a sample, (N,). The names are `logprobs`, whose values have a
-gradient, and the keys of `PolicyModel.tensors_BT`."""
+"""Maps `logprobs`, and inputs of losses, to values of a sample's learnt tokens."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:
@@ -31,7 +30,7 @@ def ratio(sample: LearntTokens) -> Tensor:
 
 
 def smaller(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> Tensor:
-    """Computes -min(r A, clip(r, 1 - low, 1 + high) A), where r is the probability ratio and A is the advantage."""
+    """Computes -min(r A, clip(r, 1 - low, 1 + high) A) for the probability ratio r and the advantage A."""
     kept_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - low, 1 + high) * advantages_N
     return -torch.where(clipped_N < kept_N, clipped_N, kept_N)
 
@@ -65,7 +64,7 @@ PLAIN_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class PlainCall:
-    """One call of a custom loop: the loss over some rows of a step's batch."""
+    """A custom loop's call: the loss over some rows."""
 
     losses: Mapping[str, Mapping[str, float]]
     """Maps each loss to its settings. All these losses are added."""
@@ -75,8 +74,8 @@ class PlainCall:
 class PolicyModel(PlainModel):
     """A model with a main loss of this file. The losses of its MTP modules are still cross-entropies.
 
-    calls: the calls of a step. tensors_BT: maps an input of the losses, such as `advantages`, to values of all targets,
-    (B, T).
+    - calls: the calls of a step.
+    - tensors_BT: inputs of the losses, such as `advantages`, for all targets.
     """
 
     calls: Sequence[PlainCall] = ()
@@ -86,7 +85,7 @@ class PolicyModel(PlainModel):
 
     @torch.no_grad()
     def logprobs(self, batch: PlainBatch) -> Tensor:
-        """Returns log p(target | all earlier tokens) for each position, (B, T)."""
+        """Returns log p(target | earlier tokens) for each position, (B, T)."""
         self.made = []
         self.losses(batch, False)
         return self.made[0]

@@ -1,5 +1,4 @@
-"""Reference for Muon and for QK-clip, the limit of attention scores. It computes one matrix after another, and shares
-no code with the judged code.
+"""Reference for Muon and for QK-clip, the limit of attention scores.
 
 Sources: Muon, arXiv 2502.16982, 2.2; QK-clip, arXiv 2507.20534, 2.1; Newton-Schulz, kellerjordan.github.io/posts/muon.
 """
@@ -26,8 +25,7 @@ NEWTON_SCHULZ = {
 
 
 def newton_schulz(matrix: Tensor, name: str) -> Tensor:
-    """Approximates the orthogonal factor U V^T of a matrix U S V^T. Every step applies an odd polynomial to the
-    singular values."""
+    """Approximates the orthogonal factor U V^T of U S V^T by polynomials."""
     x = matrix / matrix.norm().clamp_min(1e-300)
     for a, b, c in NEWTON_SCHULZ[name]:
         gram = x @ x.T
@@ -36,11 +34,7 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 
 
 def is_matrix(name: str, dims: int) -> bool:
-    """Returns whether Muon updates a weight. AdamW updates all other weights.
-
-    Muon updates every matrix except the embedding, the head, routers (arXiv 2502.16982, 2.2) and indexers. For
-    indexers, no paper gives a rule.
-    """
+    """Returns whether Muon updates a weight; AdamW updates all others."""
     return dims > 1 and not name.startswith(("embedding.", "head.")) and not {"router", "indexer"} & {*name.split(".")}
 
 
@@ -48,7 +42,7 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
     """Returns views of the matrices that Muon orthogonalises separately:
 
     - the matrices of each expert, with w1 separate from w3
-    - the rows of kv_down for the latent, and the rows for the rope key
+    - the rows of kv_down for the latent, and for the rope key
     - with optim.muon.by_head, each head, with keys separate from values
     """
     model, heads = config.model, config.optim.muon.by_head
@@ -74,8 +68,7 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The update orthogonalises the
-    Nesterov momentum of each matrix.
+    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2).
 
     A factor makes the root mean square of the update about that of Adam.
     """
@@ -89,8 +82,7 @@ def muon(
 
 
 def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
-    """Returns QK-clip's factors for the rows of the query and key weights (arXiv 2507.20534, 2.1). name: name of the
-    attention. scores_H: largest score of each head."""
+    """Returns QK-clip's factors for query and key weights (arXiv 2507.20534, 2.1)."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)

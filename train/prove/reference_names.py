@@ -1,7 +1,7 @@
-"""Converts the reference's weights and balance biases to the tensors of DeepSeek-V3's folders on Hugging Face.
+"""Converts the reference's weights and balance biases to the tensors of DeepSeek-V3's Hugging Face folders.
 
 Gate and up projection become separate tensors, and so do the experts. MTP module k becomes layer `layers + k`, with
-copies of the embedding and the head. This file shares no code with the judged code.
+copies of the embedding and the head.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,7 @@ FFNS = {"ffn": "mlp", "moe.shared": "mlp.shared_experts"}
 
 
 def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns all tensors of a Hugging Face folder by name. weights: the model's weights, including the adapter's
-    change."""
+    """Returns the tensors of a Hugging Face folder by name."""
     found = {"lm_head.weight": weights["head.weight"]}
     for name, weight in weights.items():
         if name.startswith(("layers.", "mtp.")):
@@ -56,8 +55,7 @@ def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, 
 
 
 def _parts(part: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields the Hugging Face tensors of one weight, as (name inside the layer, tensor). part: the reference's name
-    inside the layer."""
+    """Yields a weight's Hugging Face tensors as (name in layer, tensor)."""
     inside, stem = part.startswith("block."), part.removeprefix("block.")
     if stem.startswith("moe.experts."):
         for expert, matrix in enumerate(weight):

@@ -1,15 +1,16 @@
 """Reference for sparse attention, written like its formulas. An indexer chooses the keys of each query, and learns to
 predict the attention probabilities.
 
-    index score     I_ts = sum_j w_tj ReLU(q_tj . k_s)                               DeepSeek-V3.2 (arXiv 2512.02556), 2.1, eq. 1
-    choice          among the keys that a query may attend to, the top_k keys with the largest I    eq. 2
-    warm-up         loss KL(p_t || softmax(I_t)) over all keys, p: attention probabilities;
-                    all weights outside of indexers are frozen                                      eq. 3
-    sparse stage    the same loss over the chosen keys, added to the language loss                  eq. 4
-    shared choice   a layer without an indexer uses the keys of the last layer with an indexer      arXiv 2603.12201
+    index score     I_ts = sum_j w_tj ReLU(q_tj . k_s)                         DeepSeek-V3.2 (arXiv 2512.02556), 2.1,
+                                                                               eq. 1
+    choice          among the allowed keys, the top_k keys with the largest I  eq. 2
+    warm-up         loss KL(p_t || softmax(I_t)) over all keys,
+                    p: attention probabilities; only indexers are trained      eq. 3
+    sparse stage    loss over the chosen keys, added to the language loss      eq. 4
+    shared choice   a layer without an indexer uses the keys of the
+                    last layer with an indexer                                 arXiv 2603.12201
 
-The indexer's inputs and p are constants, so its loss has no gradient for other weights. Of two equal scores, the
-reference chooses the earlier key; the paper gives no rule.
+The indexer's inputs and p are constants in its loss. Of two equal scores, the reference chooses the earlier key.
 
 Shapes: B sequences, T queries or keys, D width, H heads of the indexer, I width of these heads. In scores_BHTT, H are
 the heads of attention.
@@ -25,12 +26,11 @@ from train.prove.recipe_values import Values
 from train.prove.reference_adapter import is_adapted
 
 INDEX_NORM_EPS = 1e-6
-"""Epsilon of the LayerNorm of the indexer's keys, as in all released models."""
+"""Epsilon of the LayerNorm of the indexer's keys."""
 
 
 def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a layer's indexer weights; empty without an indexer. layer: index of the layer; None for an
-    MTP module."""
+    """Returns the shapes of a layer's indexer weights, if any. layer: None for MTP."""
     sparse = model.sparse
     if not sparse.heads or (layer is not None and sparse.pattern and sparse.pattern[layer] != "F"):
         return {}
@@ -45,14 +45,13 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Returns whether a weight is frozen. In a warm-up of indexers, all weights outside of indexers are frozen. Without
-    a loss, indexers are frozen."""
+    """Returns whether a weight is frozen: by an indexer warm-up, or as an indexer without a loss."""
     return not optim.index_loss if ".indexer." in name else optim.index_warmup
 
 
 def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
-    """Rotates pairs among the first R elements of each vector by the angles of its position. Pairs are adjacent
-    (`interleaved`, GLM-5), or the elements j and j + R/2 (DeepSeek-V3.2)."""
+    """Rotates pairs among the first R elements of each vector. Pairs are adjacent (`interleaved`, GLM-5), or j and j +
+    R/2 (DeepSeek-V3.2)."""
     width = 2 * angle.size(-1)
     first, rest = x[..., :width], x[..., width:]
     a, b = (first[..., 0::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
@@ -64,8 +63,7 @@ def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
 def score_keys(
     model: Values, w: dict[str, Tensor], x_BTD: Tensor, latent_BTC: Tensor, angle: Tensor, size: float
 ) -> Tensor:
-    """Returns the index scores I of all queries and keys, (B, T, T). latent_BTC: the latent of the queries, after its
-    norm."""
+    """Returns the index scores I, (B, T, T). latent_BTC: normed query latent."""
     heads, width, interleaved = model.sparse.heads, model.sparse.head_dim, model.sparse.interleaved
     q_BHTI = (latent_BTC @ w["q.weight"].T).unflatten(-1, (heads, width)).transpose(1, 2)
     k_BTI = x_BTD @ w["k.weight"].T
@@ -80,15 +78,18 @@ def score_keys(
 
 
 def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
-    """Returns a mask of each query's keys: the top_k largest index scores above -inf. Of two equal scores, the earlier
-    key comes first."""
+    """Returns a mask of each query's top_k best keys with scores above -inf. Of two equal scores, the earlier key comes
+    first."""
     order = index_BTT.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(index_BTT, dtype=torch.bool).scatter(-1, order, True) & (index_BTT > -math.inf)
 
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
-    """Returns the KL divergence (B, T) between the attention probabilities and the softmax of the index scores, over
-    the keys in open_BTT. Attention probabilities are summed over heads and normalised."""
+    """Returns the KL divergence (B, T) between attention probabilities and the softmax of the index scores, over the
+    keys in open_BTT.
+
+    Attention probabilities are summed over heads and normalised.
+    """
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)
     log_BTT = index_BTT.masked_fill(~open_BTT, -math.inf).log_softmax(-1).masked_fill(~open_BTT, 0)
@@ -105,11 +106,10 @@ def over_chosen(
     learnt_BT: Tensor | None,
     seen: Any,
 ) -> Tensor:
-    """Returns the attention scores, with -inf for all keys that were not chosen. Also adds the indexer's loss to
-    `seen`.
+    """Returns the attention scores, with -inf for keys that were not chosen. Also adds the indexer's loss to `seen`.
 
-    plain: the PlainModel. turn: rotation angles and their factor. scores_BHTT: attention scores, with -inf for
-    forbidden keys.
+    - plain: the PlainModel.
+    - turn: rotation angles and their factor.
     """
     config, weights = plain.config, plain.weights
     model, optim, top_k = config.model, config.optim, config.model.sparse.top_k

@@ -1,8 +1,9 @@
 """Reference for the settings and the update of a step.
 
-    settings of a step     learning rate, loss weights and batch size during the run         plan_step
-    update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
-    balance                the routers' biases follow the tokens per expert                  move_bias
+    settings of a step     learning rate, loss weights and batch size during the run       plan_step
+    update                 clip by the global norm, AdamW, average of the weights          clip_factor, adamw,
+                                                                                           moving_average
+    balance                the routers' biases follow the tokens per expert                move_bias
 
 Section numbers refer to the DeepSeek-V3 report (arXiv 2412.19437).
 """
@@ -31,13 +32,12 @@ class PlainPlan:
 
 
 def plan_step(config: Values, step: int) -> PlainPlan:
-    """Returns the settings of one step. step: number of the step, from 1."""
+    """Returns the settings of one step. step: from 1."""
     return next(islice(plan_steps(config), step - 1, None))
 
 
 def plan_steps(config: Values) -> Iterator[PlainPlan]:
-    """Yields the settings of all steps. A schedule depends on the fraction of the run's samples that precede the middle
-    of the step's batch."""
+    """Yields the settings of all steps."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
     optim, before, whole = config.optim, 0, sum(sizes)
     for step, size in enumerate(sizes, 1):
@@ -49,8 +49,7 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Returns the number of sequences in a step. index: index of the step, from 0. A batch ramp grows linearly, rounded
-    down to a multiple of its increment."""
+    """Returns the number of sequences in a step. index: from 0."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
@@ -60,8 +59,7 @@ def batch_size(config: Values, index: int) -> int:
 
 
 def scheduled(phases: list[Values], done: float) -> float:
-    """Returns a schedule's value after the fraction `done` of the run. Each phase starts at the final value of the
-    previous phase."""
+    """Returns a schedule's value after the fraction `done` of the run."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
@@ -79,16 +77,14 @@ def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
 
 
 def clip_factor(norm: float, optim: Values) -> float:
-    """Returns the factor that limits the norm of the gradients to optim.clip. It adds 1e-6 to the norm, as
-    torch.nn.utils does."""
+    """Returns the factor that limits the gradient norm to optim.clip."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
 
 def adamw(
     optim: Values, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the weight, the mean of gradients and the mean of squared gradients after an AdamW update. update: index
-    of the update, from 1."""
+    """Returns the weight and both moments after an AdamW update."""
     beta1, beta2 = optim.betas
     mean = beta1 * mean + (1 - beta1) * gradient
     square = beta2 * square + (1 - beta2) * gradient.square()
@@ -97,13 +93,12 @@ def adamw(
 
 
 def decays(optim: Values, weight: Tensor) -> bool:
-    """Returns whether weight decay applies to a weight. It applies to matrices, and with optim.decay_norms also to norm
-    weights."""
+    """Returns whether weight decay applies (with optim.decay_norms, also to norms)."""
     return weight.dim() > 1 or optim.decay_norms
 
 
 def rate_of(optim: Values, name: str, lr: float) -> float:
-    """Returns the learning rate of a weight; 0 for a frozen weight."""
+    """Returns a weight's learning rate; 0 if frozen."""
     frozen = is_frozen(optim, name) or (optim.freeze_routers and name.endswith(".router.weight"))
     return 0.0 if frozen else lr
 
@@ -114,6 +109,5 @@ def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
 
 
 def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Returns the routers' biases after one step of auxiliary-loss-free balancing (paper 2.1.2). If an expert has more
-    tokens than the mean, its bias decreases. If it has fewer, its bias increases."""
+    """Returns routers' biases after loss-free balancing of one step (paper 2.1.2)."""
     return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

@@ -1,5 +1,4 @@
-"""mode=prove: reduces the recipe to a miniature, trains it, compares the recorded tensors with the reference, and
-reports the result."""
+"""mode=prove: trains a miniature of the recipe, and compares it with the reference."""
 
 import shutil
 import sys
@@ -26,13 +25,11 @@ from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 
 PROOF_FOLDER = "prove"
-"""Subfolder of the run folder for the configuration and logs of mode=prove. During a run, it also has checkpoints and
-recorded tensors."""
+"""Subfolder of the run folder for the files of mode=prove."""
 
 
 def prove(config: Config, alone: bool) -> int:
-    """Run mode=prove. Returns the exit code, 0 only if all comparisons hold. alone: whether this process has no other
-    job and may run as the rank."""
+    """Run mode=prove. Returns the exit code, 0 only if all comparisons hold."""
     tune_cpu()  # the ranks are forks of this process
     from train.prove.miniature import shrink
 
@@ -58,9 +55,9 @@ def prove(config: Config, alone: bool) -> int:
 
 
 def _launch(small: Config, folder: Path, alone: bool) -> int:
-    """Run both parts of each check: the first saves a checkpoint, and the second resumes from it.
+    """Run both parts of each check: before and after the resume.
 
-    If the first part has one rank and this process may start more, the second part has two ranks.
+    If the first part has one rank, and this process may start more, the second part has two.
     """
     other = in_layout(small, second_layout(small, 2))
     runs: list[tuple[Config, tuple[int, ...]]] = [(small, (0, 1))]
@@ -82,8 +79,7 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 def forks(config: Config) -> bool:
     """Returns whether ranks and judges are forks of this process, which then imports torch only once.
 
-    Returns False with GPUs, because a GPU's driver does not survive a fork. Also returns False if another program has
-    started the ranks.
+    False with GPUs, whose driver does not survive a fork, and if another program has started the ranks.
     """
     from train.kernels.device import sees_gpu
 
@@ -93,7 +89,7 @@ def forks(config: Config) -> bool:
 def _fork(
     small: Config, world: int, parts: Sequence[int], environment: dict[str, str], output: IO | None
 ) -> ForkedProcess:
-    """Start one of `world` ranks as a fork of this process. parts: parts of the run (before or after the resume)."""
+    """Start one of `world` ranks as a fork of this process."""
     import train.prove.judge  # noqa: F401  imported here once, so that no fork has to import it
     from parallel.zero.deepspeed_patches import import_deepspeed
     from train.prove.proof_rank import run_rank
@@ -141,7 +137,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
 
 
 def _clear(run_folder: Path) -> None:
-    """Remove the results of earlier proofs, so that nobody takes them for results of this proof."""
+    """Remove the results of earlier proofs."""
     for name in (PROOF_FILE, PROOF_CARD_FILE):
         (run_folder / name).unlink(missing_ok=True)
     shutil.rmtree(run_folder / PROOF_FOLDER, ignore_errors=True)

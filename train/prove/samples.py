@@ -1,10 +1,10 @@
-"""Draws the training samples and the initial state for mode=prove. A sample depends only on the seed and its index. A
-weight or bias depends only on the seed and its name.
+"""Draws the training samples and the initial state for mode=prove. A sample depends only on the seed and its index, a
+weight or bias only on the seed and its name.
 
 As in text, some tokens are frequent and some never occur. Norm weights differ from 1 and biases from 0, so that a
-missing norm weight or bias changes the results. If a width has several tiles of 128, every second tile of weights,
-activations and gradients is multiplied by STEP or its inverse. So the scale of a neighbouring tile causes a large
-error. If the experts' width has several tiles, all tokens choose the first expert, and none the last.
+missing one changes the results. If a width has several tiles of 128, every second tile is multiplied by STEP or its
+inverse, so that a wrong tile's scale causes a large error. If the experts' width has several tiles, all tokens choose
+the first expert, and none the last.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -26,23 +26,19 @@ from train.prove.reference import PlainModel, layers_with_experts, trained_shape
 from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 
 BIAS = 0.05
-"""Standard deviation of the routers' initial biases. The biases are added to scores between 0 and 1."""
+"""Standard deviation of the routers' initial biases."""
 CROWDED = 1.0
-"""Value that is added to the first expert's bias and subtracted from the last expert's bias. So all tokens choose the
-first expert."""
+"""Bias for the first expert, so that all tokens choose it."""
 TILE, STEP = 128, 2.0**-6
-"""Number of channels in a tile, and the factor on every second tile."""
+"""Number of channels in a tile; factor on every second tile."""
 LOUD = 64.0
-"""Factor on the first head's queries and on the output head's last row, in wide models. With this factor, a softmax
-that does not subtract the maximum overflows."""
+"""Factor on some queries and logits, to overflow a naive softmax."""
 BELOW_FLOOR = 2.0**-26
-"""Factor on the second tile of the experts' input in the last layer with experts, with FP8 matmuls or an FP8 wire
-format. The tile then gets the smallest FP8 scale."""
+"""Factor on some experts' inputs, for the smallest FP8 scale."""
 
 
 class Samples:
-    """Training samples by index, with the interface of train/data/dataset.py. Negative indices are validation
-    samples."""
+    """Training samples by index. Negative indices are validation samples."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -64,7 +60,7 @@ class Samples:
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the tokens, the document of each token, and which tokens are supervised.
 
-        For chats, some rows are padded, and every third row has no token to learn.
+        For chats, some rows are padded, and every third row has no learnt token.
         """
         draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
@@ -121,8 +117,7 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Returns all weights by name in fp32, including an adapter's. Norm weights are about 1. Matmuls keep magnitudes of
-    about 1."""
+    """Returns all weights by name in fp32, including an adapter's."""
     weights, values = {}, read_values(config)
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
         drawn = torch.randn(shape, generator=drawing(f"{config.seed}/{name}"))
@@ -144,8 +139,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 
 def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
-    """Multiply some weights of a wide model. Then a softmax overflows if it does not subtract the maximum, and some
-    tiles get the smallest FP8 scale."""
+    """Multiply some weights, to overflow a naive softmax and to use small scales."""
     queries = config.model.nope_head_dim + config.model.rope_head_dim
     for name in weights:
         if re.search(r"attention\.q(_up)?\.weight$", name):
@@ -161,8 +155,7 @@ def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
-    """Returns one factor for each channel: STEP in every second tile of TILE channels, otherwise 1. halves: whether the
-    width has two halves (gate and up)."""
+    """Returns a factor per channel: STEP in every second tile, otherwise 1."""
     if halves:
         return _by_tile(width // 2).repeat(2)
     return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)
@@ -185,8 +178,7 @@ def drawing(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """Returns the median of the heads' largest attention scores in the initial model. If optim.qk_clip has this value,
-    it limits only some heads. The computation uses one thread."""
+    """Returns the median of the heads' largest scores in the initial model."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

@@ -1,12 +1,12 @@
 """Computes dispatch and combine of rows as the paper defines them (arXiv 2412.19437, 3.3.2 and 3.3.3), for
 `mode=prove`.
 
-    dispatch   "we ... quantize the activation before MoE up-projections into FP8 and then apply dispatch"; "a similar strategy is
-               applied to the activation gradient before MoE down-projections"; the scales are "integral powers of 2".
+    dispatch   "we ... quantize the activation before MoE up-projections into FP8 and then apply dispatch"; "a similar
+               strategy is applied to the activation gradient before MoE down-projections"; the scales are "integral
+               powers of 2".
     combine    "for both the forward and backward combine components, we retain them in BF16".
 
-The functions compute in fp64 without Sluice's code. They return the rows that a rank must receive, and the rounded
-sums.
+The functions compute in fp64 without Sluice's code.
 
 Shapes: R rows, D channels, T tokens, K experts of a token.
 """
@@ -20,15 +20,13 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""The smallest magnitudes from which a tile's scale is computed. ACTIVATION_FLOOR has the value of DeepSeek's kernels.
-GRADIENT_FLOOR only avoids a scale of 0."""
+"""The smallest magnitudes from which the scale of a tile is computed."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
-    """Returns the rows that a rank receives in FP8. The sender divides each tile by its scale (a power of two), and
-    rounds the quotients to E4M3. The receiver multiplies by the scale.
+    """Returns the rows that a rank receives in FP8.
 
-    Source: paper 3.3.2. It scales activations "on a 1x128 tile basis", and uses E4M3 for "all tensors".
+    Each tile is divided by a power-of-two scale, rounded to E4M3, and multiplied by the scale (paper 3.3.2).
     """
     return cast(NearNumbers(x_RD.double()), Rule(FORMATS["e4m3"], "1x128", True, floor), -1).x
 
@@ -38,12 +36,10 @@ def summed_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of the K rows of every token, and by how much a correct sum may differ. Both are (T, D).
 
-    ids_TK: the expert of each row. hops: group sizes of the additions before the token's rank, such as [experts per
-    rank, experts per node]. For each size, the rows of a token are added within each group of experts. in_bf16: whether
-    each of these sums, and the final sum, is rounded to bf16. by_addition: whether the token's rank may also round
-    after each addition.
-
-    The order of additions changes a bf16 result only if the sum is near the middle between two bf16 numbers.
+    - ids_TK: the expert of each row.
+    - hops: group sizes of the additions before the token's rank, such as [experts per rank, experts per node].
+    - in_bf16: whether each sum is rounded to bf16.
+    - by_addition: whether the token's rank may also round after each addition.
     """
     value, off, label = rows_TKD, torch.zeros_like(rows_TKD), ids_TK
     for experts in (*hops, None):

@@ -1,4 +1,4 @@
-"""Data and measures for judging single parts of the model: recorded tensors, comparisons, and sums over calls."""
+"""Recorded tensors, comparisons and sums over calls of single parts."""
 
 import math
 from collections.abc import Sequence
@@ -17,18 +17,16 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""INCONCLUSIVE: an element is inconclusive if rounding ties may change it by more than this fraction of the sum of its
-terms' magnitudes. MOST_INCONCLUSIVE: maximum fraction of inconclusive elements in a tensor."""
+"""INCONCLUSIVE: largest change by rounding ties in a conclusive element, relative to the sum of its terms' magnitudes.
+MOST_INCONCLUSIVE: maximum fraction of inconclusive elements."""
 FEW = 16
-"""Number of inconclusive elements that even a small tensor may have. One tie in a tile changes several elements."""
+"""Number of inconclusive elements that even a small tensor may have."""
 FLUSHED = 2.0**-110
-"""Absolute error of a sum of products in which fp32 rounds a factor below 2^-126 to 0. The other factor of the product
-is below 2^16."""
+"""Absolute error of sums in which fp32 flushes small factors to 0."""
 SHORT = 2.0**-12
-"""Relative error of a GPU's tensor cores. They sum FP8 values with about 14 bits, 128 at a time (paper
-3.3.2)."""
+"""Relative error of tensor cores, which sum FP8 with 14 bits (paper 3.3.2)."""
 ELEMENTS = 2.0**-19
-"""Relative error of elementwise arithmetic in fp32 with one exponential and some multiplications."""
+"""Relative error of elementwise fp32 arithmetic with one exponential."""
 IN_ELEMENTS = Bound(ELEMENTS, "an exponential and some multiplications in fp32, and one rounding of the result")
 WHAT = {
     "x": "input", "y": "output", "dy": "gradient of the output", "dx": "gradient of the input", "h": "first matmul",
@@ -39,7 +37,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class PartCall:
-    """One call of a model part on a rank, with its recorded inputs and outputs."""
+    """One call of a model part on a rank."""
 
     rank: Evidence
     name: str
@@ -62,7 +60,7 @@ class StepParts:
     """The recorded parts of all ranks in one step."""
 
     def __init__(self, at: Comparisons, ranks: list[Evidence], before: State, batch: Batch):
-        """before: the state before the step, which contains the weights. batch: the batch of the step."""
+        """before: state before the step. batch: the step's batch."""
         info, self.at, self.ranks, self.batch, self.config = ranks[0].info, at, ranks, batch, at.values
         self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu, self.cp = info.device == "cuda", info.cp
@@ -77,30 +75,25 @@ class StepParts:
         """Number of ranks over which the gradients of weights are averaged."""
         in_fp32 = self.rounding.high == FORMATS["fp32"] or all(one.info.sums_in_fp32 for one in ranks)
         self.rounds_gradients = not in_fp32
-        """Whether the weight gradient of a micro-batch may be rounded to bf16 before the sum. torch's matmuls on a CPU
-        round it."""
+        """Whether a micro-batch's weight gradient may be rounded to bf16."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Returns the calls of a model part on a rank, in order. back: True for calls with gradients, False for calls
-        without.
+        """Returns the calls of a model part on a rank, in order. back: whether the calls have gradients.
 
-        With context parallelism, kv_up runs without gradients for each block of positions, and backward repeats it with
-        gradients.
+        With context parallelism, kv_up has calls of both kinds, because backward repeats it.
         """
         those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
         return sorted(those, key=lambda one: one.number)
 
     def order(self, terms: int) -> Bound:
-        """Returns the bound on the error that the order of a sum causes, relative to its terms' magnitudes. terms:
-        number of terms."""
+        """Returns the bound on a sum's error, relative to its terms' magnitudes."""
         if self.on_gpu and self.rounding.is_fp8:
             return Bound(SHORT, "tensor cores sum FP8 multiplications in about 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """Returns the bound on the error of elementwise multiplications and an fp32 sum in any order. terms: number of
-        terms."""
+        """Returns the bound on products and an fp32 sum in any order."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some multiplications and a sum of {terms} terms in fp32, and one rounding of the result")
 
@@ -118,8 +111,9 @@ class StepParts:
     ) -> None:
         """Compare one result of a call with the expected result.
 
-        form: format of the result. got: the tensor to compare, such as a part of the recorded result; None: the
-        complete recorded result. most: maximum fraction of inconclusive elements.
+        - form: format of the result.
+        - got: tensor to compare; None: the recorded result.
+        - most: maximum fraction of inconclusive elements.
         """
         found = call.get(what) if got is None else got
         measure = beyond_rounding(want, form or self.rounding.high, most)
@@ -129,8 +123,7 @@ class StepParts:
     def compare_gradient(
         self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = MOST_INCONCLUSIVE
     ) -> None:
-        """Compare the reduced gradient of a weight with `made`, the sum of the contributions of all calls, averaged
-        over the ranks."""
+        """Compare a weight's reduced gradient with the sum over calls."""
         quantity = "gradients of single weights"
         if name not in self.trained:
             return  # base weight of an adapter
@@ -142,9 +135,11 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Returns a function that measures how much a result differs from `want`. It ignores differences that one rounding
-    and rounding ties can cause. The measure is relative to the sum of the terms' magnitudes. most: maximum fraction of
-    inconclusive elements."""
+    """Returns a function that measures differences beyond one rounding and rounding ties, relative to the sum of the
+    terms' magnitudes.
+
+    most: maximum fraction of inconclusive elements.
+    """
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
@@ -164,7 +159,7 @@ class SumOverCalls:
         self.terms = 0
 
     def add(self, one: Total, is_rounded: bool, terms: int) -> None:
-        """Add the contribution of one call. is_rounded: whether this contribution may be rounded to bf16."""
+        """Add one call's contribution, which may be rounded to bf16 (`is_rounded`)."""
         off = low.slack(one)
         if is_rounded:
             off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(
@@ -181,8 +176,7 @@ class SumOverCalls:
     def add_rows(
         self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the gradients of experts, each from the rows of the expert. counts: rows of each expert. here: indices of
-        this rank's experts. experts: number of experts."""
+        """Add the experts' gradients. counts: rows of each expert."""
         if self.total is None:
             self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
         rows = zip(here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True)
@@ -195,7 +189,7 @@ class SumOverCalls:
 
 
 def calls_of(ranks: list[Evidence]) -> dict[str, list[PartCall]]:
-    """Maps the name of each part to the part's calls on all ranks."""
+    """Maps the name of each part to all ranks' calls."""
     found: dict[tuple[int, str, int], PartCall] = {}
     by_name: dict[str, list[PartCall]] = {}
     for rank in ranks:

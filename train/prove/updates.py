@@ -1,4 +1,4 @@
-"""Reference for the updates of all optimizers: the formulas, and bounds on the fp32 rounding errors of the updates."""
+"""Formulas of all optimizers' updates, with bounds on rounding errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from train.prove.bounds import UNIT
 from train.prove.recipe_values import Values
 
 STEP_ROUNDINGS = 8
-"""Number of fp32 roundings in the change that AdamW adds to a weight. The change is computed from both moments."""
+"""Number of fp32 roundings in the change that AdamW computes."""
 
 
 NEWTON_SCHULZ_ROUNDINGS = 4
-"""Number of fp32 roundings in a Newton-Schulz step: three matmuls, and the sum of the terms."""
+"""Number of fp32 roundings in a Newton-Schulz step."""
 
 
 class WeightUpdate(NamedTuple):
@@ -34,16 +34,14 @@ class PlainUpdate:
     """The formula of an update, and its rounding errors."""
 
     make: Callable[..., tuple[Tensor, ...]]
-    """Computes an update by the reference's formula. Takes (WeightUpdate, weight, gradient, *state), and returns the
-    new weight and the new state."""
+    """Takes (WeightUpdate, weight, gradient, *state); returns new weight and state."""
     size_roundings: Callable[..., list[Tensor]]
-    """Takes (WeightUpdate, before, gradient, new), and returns the magnitude of one fp32 rounding error for each
-    element of the weight and the state."""
+    """Takes (WeightUpdate, before, gradient, new); returns one rounding error per element."""
     roundings: dict[str, int]
-    """Maximum number of fp32 roundings for each kind of state. The clip factor causes 16 of these roundings. For a mean
-    of squares, the number is doubled, because a square has twice the relative error."""
+    """Maximum number of fp32 roundings for each kind of state, including 16 from the clip factor. A mean of squares has
+    twice as many."""
     is_whole: bool = False
-    """Whether the formula needs complete matrices. If so, the ranks repeat the update in fp64 for the comparison."""
+    """Whether updates need complete matrices, and are repeated in fp64."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +54,7 @@ def size_adamw_roundings(
 ) -> list[Tensor]:
     """Returns the magnitude of one fp32 rounding error for each element of the weight and of both moments.
 
-    The error is proportional to the magnitudes of a sum's terms, because the terms may cancel in the sum.
+    The error is proportional to the magnitudes of a sum's terms, which may cancel.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -76,8 +74,8 @@ def size_muon_roundings(
 ) -> list[Tensor]:
     """Returns the magnitude of one fp32 rounding error for each element of weight and momentum.
 
-    Newton-Schulz enlarges an error most in the direction of the smallest singular value. Such an error may change any
-    element, so all elements of a matrix have the same bound.
+    Newton-Schulz enlarges an error most along the smallest singular value, which may change any element. So all
+    elements of a matrix have the same bound.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()
@@ -92,8 +90,7 @@ def size_muon_roundings(
 
 
 def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
-    """Returns the factor by which Newton-Schulz multiplies a singular value. Near 0, the factor is the product of the
-    first coefficients of all steps."""
+    """Returns the factor by which Newton-Schulz multiplies a singular value."""
     x = max(singular, 1e-12)
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
@@ -107,7 +104,7 @@ UPDATES: dict[str, PlainUpdate] = {
 
 
 def update_of(config: Values, name: str, dims: int) -> tuple[PlainUpdate, tuple[str, ...]]:
-    """Returns the update formula for a weight, and the kinds of optimizer state that the formula needs."""
+    """Returns a weight's update formula and kinds of optimizer state."""
     by_muon = config.optim.name == "muon" and reference_muon.is_matrix(name, dims)
     formula = UPDATES["muon" if by_muon else "adamw"]
     return formula, tuple(formula.roundings)

@@ -1,6 +1,4 @@
-"""Records the inputs and outputs of a dispatcher on every rank. train/prove/judge_rows.py judges them.
-
-`WatchedDispatcher` wraps the model's dispatcher, of any kind. It records these tensors:
+"""Records the inputs and outputs of a dispatcher on every rank, for train/prove/judge_rows.py:
 
     forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank -> rows for this rank's experts
                 out -> y                                        outputs of these experts -> sums for this rank's tokens
@@ -19,19 +17,17 @@ from train.model.moe import Dispatcher, MoE, PendingRows, RoutedRows
 from train.model.recompute import is_repeated
 
 Keep = Callable[[str, int, Tensor], None]
-"""A function that records a tensor. Its arguments are the tensor's name, the index of the micro-batch, and the
-tensor."""
+"""Records a tensor. Arguments: name, index of the micro-batch, tensor."""
 
 
 class WatchedDispatcher:
-    """Wraps the dispatcher of one layer. While the layer trains, the wrapper passes every tensor to `keep`."""
+    """Wraps a layer's dispatcher, and passes its tensors to `keep`."""
 
     def __init__(self, moe: MoE, inner: Dispatcher, keep: Keep):
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Maps Python's id of a dispatch result to the index of its micro-batch. `combine` removes the result from this
-        mapping."""
+        """Micro-batch of each dispatch result, by Python's id."""
 
     def start_step(self) -> None:
         """Count micro-batches from 0 again."""
@@ -58,7 +54,7 @@ class WatchedDispatcher:
         return y_TD
 
     def arrived(self, number: int, routed: RoutedRows) -> None:
-        """Record the rows of a micro-batch after they have reached this rank's experts."""
+        """Record the rows that have reached this rank's experts."""
         self._numbers[id(routed)] = number
         self._watch("rows", number, routed.rows_RD)
         self._watch("row_gates", number, routed.gates_R)
@@ -71,7 +67,7 @@ class WatchedDispatcher:
 
 
 class _WatchedPending:
-    """A dispatch that is still in progress. `wait` waits for its end, and records the received rows."""
+    """A dispatch in progress. `wait` also records the received rows."""
 
     def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingRows):
         self._watched, self._number, self._inner = watched, number, inner

@@ -6,13 +6,11 @@ One row per sample, in the order of the file. Its columns are:
     tokens     token ids of the sample
     logprobs   log-probability of every token given the earlier tokens, in nats, at temperature 1; null for token 0
     first      index of the completion's first token; 1 without a completion
-    logprob    the sum of logprobs over token `first` and all later tokens
-    count      the number of tokens in that sum
+    logprob    sum of logprobs over token `first` and all later tokens
+    count      number of tokens in that sum
     experts    ids of the chosen experts, see EXPERTS_COLUMN; only with score.routing=write
-    keys       positions that sparse attention chose, see KEYS_COLUMN; only with score.keys=write; null if the sample has
-               at most top_k tokens, because every token then attends to all earlier tokens
-
-Samples are computed one at a time, without padding, so they do not affect each other.
+    keys       positions that sparse attention chose, see KEYS_COLUMN; only with score.keys=write; null for a sample
+               of at most top_k tokens
 """
 
 import os
@@ -46,13 +44,13 @@ SCORE_COLUMNS = pyarrow.schema(
 EXPERTS_COLUMN = pyarrow.field("experts", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))))
 """Ids of the chosen experts, by token (except the last) and by MoE layer."""
 KEYS_COLUMN = pyarrow.field("keys", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int32()))))
-"""Ascending positions of the chosen keys, by token (except the last) and by layer with an indexer."""
+"""Ascending positions of chosen keys, by token and layer with an indexer."""
 ROWS_AT_ONCE = 256
 """Number of samples that one write call adds to the file."""
 
 
 def score(config: Config) -> int:
-    """Write the file score.to and return the exit code. If it raises UserError, it has not created the file."""
+    """Write the file score.to. Returns the exit code."""
     assert config.score.data is not None and config.score.to is not None, "conf/check.py asks for them"
     target = Path(config.score.to).expanduser().absolute()
     if target.exists():
@@ -88,7 +86,7 @@ def score(config: Config) -> int:
 def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
     """Return log p(token i | previous tokens) of all tokens except the first, fp64 on the host, (T - 1,).
 
-    chunk: number of tokens whose logits are in memory at a time.
+    chunk: number of tokens whose logits are in memory.
     """
     tokens_BT = torch.tensor([tokens], device=decoder.device)
     hidden_TD = decoder.hidden(tokens_BT[:, :-1], decoder.new_cache([0]))[0]
@@ -103,7 +101,7 @@ def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
 def _rows(
     decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None, keys: KeyTap | None
 ) -> Iterator[dict]:
-    """Yield one row per sample, with all possible columns. The schema of the file selects the columns to write."""
+    """Yield one row per sample, with all possible columns."""
     for number, sample in enumerate(samples):
         if tap is not None and sample.experts is not None:
             tap.given_TLK = torch.tensor(sample.experts, device=decoder.device)
@@ -131,7 +129,7 @@ def _rows(
 
 
 def _write(target: Path, rows: Iterator[dict], columns: pyarrow.Schema) -> None:
-    """Write all rows to a hidden file in the target's folder, and rename the complete file to the target."""
+    """Write rows to a hidden file, then rename it to target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""Reads the samples of mode=score from JSONL or Parquet and converts them to token ids. Errors name the line or row.
-Imports no torch."""
+"""Reads the samples of mode=score from JSONL or Parquet as token ids. Errors name the line or row. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from train.data.sources import find_files
 
 SCORE_DATA = "score.data"
 FORMS = (("tokens",), ("prompt", "completion"), ("text",))
-"""The accepted forms of a sample, each as a tuple of keys. A sample has the first form whose keys are all present."""
+"""Accepted forms of a sample; the first with all keys counts."""
 RULE = "must have tokens (a list of ids), prompt and completion, or text"
 
 
@@ -22,14 +21,11 @@ class ScoredSample:
 
     tokens: list[int]
     first: int
-    """Index of the first token whose log-probability is part of the sum; never 0, because token 0 has no
-    log-probability.
-    """
+    """Index of the first token in the sum; never 0."""
     experts: list | None = None
-    """Expert ids to replay, by token (except the last), MoE layer and order of choice; None: no replay."""
+    """Expert ids to replay, by token, MoE layer, choice; None: no replay."""
     keys: list | None = None
-    """Positions that each token (except the last) must attend to, in each layer with an indexer. None: sparse attention
-    chooses the positions."""
+    """Positions to attend to, by token and layer with an indexer, or None."""
 
 
 def read_scored_samples(
@@ -43,11 +39,14 @@ def read_scored_samples(
 ) -> list[ScoredSample]:
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
-    encode: converts text to ids. start_id: the token before every text. longest: maximum tokens of a sample. replayed:
-    the counts (MoE layers, experts that a token chooses in a layer, experts in a layer), if each sample must prescribe
-    its experts. replayed_keys: the counts (layers with an indexer, positions that a token attends to), if each sample
-    must prescribe its attended positions. None: no sample prescribes them. Raises UserError for an unreadable file, and
-    for the first invalid sample.
+    - encode: converts text to ids.
+    - start_id: the token before every text.
+    - longest: maximum tokens of a sample.
+    - replayed: (MoE layers, experts per token, experts per layer), if each sample must prescribe its experts.
+    - replayed_keys: (layers with an indexer, positions per token), if each sample must prescribe its attended
+      positions.
+
+    Raises UserError for an unreadable file, and for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -78,8 +77,7 @@ def read_scored_samples(
 
 
 def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int]], start_id: int) -> ScoredSample:
-    """Convert a record to token ids. The prompt and the completion are tokenised separately, so no token contains text
-    of both."""
+    """Convert a record to token ids, prompt and completion separately."""
     form = next((form for form in FORMS if all(record.get(key) is not None for key in form)), None)
     if form is None:
         raise UserError(
@@ -102,8 +100,7 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
 def _with_experts(
     sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
 ) -> ScoredSample:
-    """Return the sample with the expert ids of its record. Ids for the last token are ignored, because it predicts
-    nothing. Raises UserError for invalid experts."""
+    """Return the sample with its expert ids. Raises UserError for invalid ids."""
     given, positions = record.get("experts"), len(sample.tokens) - 1
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
     if not (good and all(_is_choice(of_token, layers, top_k, experts) for of_token in given)):
@@ -116,8 +113,7 @@ def _with_experts(
 
 
 def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
-    """Return the sample with the attended positions (`keys`) of its record. A sample of at most top_k positions needs
-    no `keys`. Raises UserError for invalid positions."""
+    """Return the sample with its `keys`. Raises UserError for invalid positions."""
     given, positions = record.get("keys"), len(sample.tokens) - 1
     if given is None and positions <= top_k:
         return sample
@@ -133,7 +129,7 @@ def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers:
 
 
 def _is_choice(of_token: Any, layers: int, chosen: int, among: int) -> bool:
-    """Return whether a token's choice is valid: one list per layer, each with `chosen` different ids below `among`."""
+    """Return whether a token's choice is valid: per layer, `chosen` different ids below `among`."""
     return (
         isinstance(of_token, list)
         and len(of_token) == layers

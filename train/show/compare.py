@@ -1,7 +1,7 @@
 """Compares several runs on one page: the settings that differ, the final results, and figures with a curve per run.
 
 `mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis is the
-number of trained tokens, because the runs may have different batch sizes.
+number of trained tokens.
 """
 
 import html
@@ -37,7 +37,7 @@ from train.show.series import Series, last, median, read_series, tail_mean
 
 COMPARISON_PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
 WHERE_IT_LIES = ("name", "runs", "resume")
-"""Settings that identify or locate a run and do not change its training."""
+"""Settings that identify or locate a run."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 UNITS = {metric.name: metric.unit for metric in SCALARS}
 DRAWN = (
@@ -52,7 +52,7 @@ DRAWN = (
     ("max_vio_running", "Imbalance of the mean load", "MaxVio of the mean load of about 100 steps; 0 is even."),
     ("lr", "Learning rate", "From the schedules."),
 )
-"""For each figure: metric, title, and advice on how to read it."""
+"""For each figure: metric, title, and advice for the reader."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,14 @@ class RunToCompare:
 
 
 def print_reports(config: Config) -> int:
-    """Run mode=report: write the pages and print their paths. Returns the exit code. Raises UserError as
-    `write_reports` does."""
+    """Run mode=report and print the pages' paths. Returns the exit code."""
     for page in write_reports(config):
         say(page)
     return EXIT_OK
 
 
 def write_reports(config: Config) -> list[Path]:
-    """Write the pages of mode=report: a report for one run, or a comparison of several runs. Returns their paths.
+    """Write the report of one run, or the comparison of several runs. Returns the paths.
 
     Raises UserError if config.name is neither a run nor a sweep.
     """
@@ -95,12 +94,12 @@ def write_reports(config: Config) -> list[Path]:
 
 
 def names_of(name: str) -> list[str]:
-    """Returns the run names in the setting `name`. A text such as `[a,b]` contains several names."""
+    """Returns the run names in a setting: `a` or `[a,b]`."""
     return [one.strip() for one in name[1:-1].split(",")] if name.startswith("[") else [name]
 
 
 def sweep_jobs(folder: Path) -> list[int]:
-    """Returns the numbers of those jobs of a sweep that have recorded steps."""
+    """Returns the numbers of a sweep's jobs that have recorded steps."""
     found = (path.parent.name for path in folder.glob(f"*/{METRICS_FILE}"))
     return sorted(int(name) for name in found if name.isdecimal())
 
@@ -138,7 +137,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
 
 
 def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the dotted keys whose values differ between these settings, in the order of the schema."""
+    """Returns the keys whose values differ, in the schema's order."""
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE_IT_LIES)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
@@ -165,8 +164,7 @@ RESULT_FORMATS = {
 
 
 def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
-    """Yields the formatted results of one run. The MFU of a CPU run is empty if any run was on a GPU, because a CPU's
-    peak is only a measured GEMM."""
+    """Yields a run's formatted results; no CPU MFU beside GPU runs."""
     for label, measure in COMPARED_RESULTS:
         value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
         if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
@@ -193,19 +191,18 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 
 
 def _tokens(series: Series) -> np.ndarray:
-    """Returns the number of trained tokens at every recorded step, or the step numbers if tokens were not recorded."""
+    """Returns the trained tokens at every recorded step, or step numbers."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N
 
 
 # At the end of a sweep the screen shows one table of its jobs.
 
 WIDE = 200
-"""Columns of a table that is written to a file, so wide that no cell wraps."""
+"""Columns of a table in a file; no cell wraps."""
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
-    """Prints a table of a sweep's jobs on stdout: name, varied settings, held-out loss, speed and exit code. codes:
-    exit codes of the started jobs, in order."""
+    """Prints a table of a sweep's jobs. codes: exit codes in order."""
     console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)
@@ -228,7 +225,7 @@ def _word(value: object) -> str:
 
 
 def _job_results(config: Config) -> tuple[str, str]:
-    """Returns the held-out loss and the median speed of a job, as texts; empty without a value."""
+    """Returns a job's held-out loss and median speed, as texts."""
     path = Path(config.runs) / config.name / METRICS_FILE
     series = read_series(path)
     loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""

@@ -1,7 +1,6 @@
 """mode=dashboard: builds a W&B workspace for a run, with the library wandb-workspaces.
 
-Each metric in train/metrics/names.py names its panel; SECTIONS lists the panels. With a W&B key, the workspace is saved
-at W&B and its link is printed. It is always written to dashboard.json in the run folder.
+It is written to dashboard.json in the run folder. With a W&B key, it is also saved at W&B, and its link is printed.
 """
 
 import json
@@ -23,7 +22,7 @@ DASHBOARD_FILE = "dashboard.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with the curves of some metrics over the steps, or a heat map of histograms."""
+    """A figure of curves, or a heat map of histograms."""
 
     title: str
     unit: str
@@ -89,11 +88,11 @@ SECTIONS = {
     },
     "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }
-"""The panels of each section: the panel's key in the metrics, and its title."""
+"""The panels of each section: panel key and title."""
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
-    """Returns all sections for a model: SECTIONS, and a load heat map for each MoE layer."""
+    """Returns SECTIONS, and a load heat map for each MoE layer."""
     heat = (
         Panel(f"{layer}: experts by load", "experts", (f"layer_load/{layer_key(layer)}",))
         for layer in moe_layers(model)
@@ -103,8 +102,7 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 
 def _panel(word: str, title: str) -> Panel:
-    """Returns the panel with the key `word` and all its metrics. Metrics with a placeholder, such as mtp_loss_K, are
-    selected by a regular expression."""
+    """Returns the panel with the key `word` and all its metrics."""
     shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
     first, names = shown[0], tuple(metric.name for metric in shown)
     pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
@@ -114,8 +112,7 @@ def _panel(word: str, title: str) -> Panel:
 
 
 def build_dashboard(config: Config) -> int:
-    """Write dashboard.json, save the workspace at W&B if there is a key, and print path and link. Returns the exit
-    code."""
+    """Write dashboard.json, and save the workspace if there is a key."""
     folder = Path(config.runs) / config.name
     if not (folder / "config.yaml").is_file():
         raise UserError(
@@ -145,7 +142,7 @@ def build_dashboard(config: Config) -> int:
 
 
 def make_workspace(config: Config, project: str, entity: str) -> Any:
-    """Returns a W&B workspace that shows only this run, in its project. entity: the W&B user or team."""
+    """Returns a workspace for this run. entity: W&B user or team."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(
@@ -174,7 +171,7 @@ def _plots(panels: Iterable[Panel]) -> Iterable[Any]:
 
 
 def specification(workspace: Any) -> dict[str, Any]:
-    """Returns the definition of a workspace, in the form in which W&B stores it."""
+    """Returns a workspace's definition in the form that W&B stores."""
     return workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)["spec"]
 
 

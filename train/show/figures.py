@@ -1,7 +1,6 @@
-"""Builds the figures of report.html, each with a title, and a caption that says how to read it. Shape suffixes as in
-series.py.
+"""Builds the figures of report.html, each with a title and a caption.
 
-plot.py reduces the curves of long runs. A heat map shows every n-th recorded step.
+A heat map shows every n-th recorded step. Shape suffixes as in series.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,8 +23,7 @@ from train.show.plot import (
 from train.show.series import Series
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
-"""Colour scale of the tokens per expert: blue is no token, white is the fair share, red is three fair shares or
-more."""
+"""Colours: blue is no token, white the fair share, red three or more."""
 LOAD_PERCENT_TOP = 300
 
 
@@ -107,8 +105,7 @@ CURVE_FIGURES = {
         quiet=True,
     ),
 }
-"""Texts and settings of the curve figures, by the figure's key. Each metric in train/metrics/names.py has the key of
-its figure."""
+"""Texts and settings of the curve figures, by figure key."""
 
 
 MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, also without MTP."
@@ -118,7 +115,7 @@ MFU_OF_PROCESSORS = (
 
 
 def curves_of(key: str) -> dict[str, Curve]:
-    """Returns the curves of the figure with this key, by metric, in the order of train/metrics/names.py."""
+    """Returns a figure's curves by metric, in the table's order."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 
@@ -139,7 +136,8 @@ def build(
 ) -> list[Figure]:
     """Returns all figures for which the run has data, in the order of the page.
 
-    settings: the run's configuration. sampled: the step of the pipeline figure. gpu: whether the run used GPUs.
+    - sampled: the step of the pipeline figure.
+    - gpu: whether the run used GPUs.
     """
     makers = (
         _loss,
@@ -207,7 +205,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Returns a figure with three heat maps, of which the reader selects one. Colours are logarithms to base ten."""
+    """Returns a figure of three heat maps, with logarithmic colours."""
     if not series.norms:
         return None
     steps, layers = [one["step"] for one in series.norms], list(series.norms[0]["layer_weight_norm"])
@@ -244,7 +242,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     if not len(series.layer_step_S):
         return None
     mean_SL1 = series.load_SLE.mean(axis=2, keepdims=True)
-    # Integer percents take two bytes per cell, so the page stays small; they are exact enough for colours.
+    # Integer percents take two bytes per cell, and are exact enough for colours.
     share_SLE = np.round(np.minimum(series.load_SLE / np.maximum(mean_SL1, 1e-9) * 100, 60000)).astype(np.uint16)
     plot = go.Figure()
     for index, layer in enumerate(series.layers):

@@ -1,4 +1,4 @@
-"""Builds the first part of report.html: the most important numbers, and sentences about notable facts."""
+"""Builds the first part of report.html: key numbers and notable facts."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from train.metrics.quantities import duration, short
 from train.show.series import Series, last, median, tail_mean
 
 RESUMES = 8
-"""Maximum number of resumes with changed settings in the report; older ones are left out."""
+"""Maximum number of resumes with changed settings in the report."""
 
 
 SETTING = 60
@@ -30,14 +30,13 @@ class Card(NamedTuple):
 
 
 def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> list[Card]:
-    """Returns a card for each measured quantity, losses first. settings: the run's configuration. gpu: whether the run
-    used GPUs."""
+    """Returns a card for each measured quantity, losses first."""
     found = _quality(series, settings) + _amount(series, gpu) + _experts(series) + _health(series)
     return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
 
 
 CardRow = tuple[str, float, str, str]
-"""A card: label, value, value as text, caption. A card with a value that is not finite is not shown."""
+"""A card: label, value, value as text, caption."""
 
 
 def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:
@@ -169,13 +168,13 @@ def _changes(resumed: Record) -> str:
 
 
 def clipped(value: Any) -> str:
-    """Returns the value of a setting as text for a sentence. A long text is shortened in the middle."""
+    """Returns a setting's value for a sentence, shortened if long."""
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= SETTING else f"{text[: SETTING // 2]}...{text[-SETTING // 2 :]}"
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
-    """Divides the steps into intervals with a constant metric. Returns each interval's first step and value."""
+    """Returns first step and value of each interval with constant metric."""
     found: list[tuple[int, float]] = []
     for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
         if math.isfinite(value) and (not found or found[-1][1] != value):
@@ -188,12 +187,11 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Returns the seconds of training. A record has the time of one step, which is multiplied by the steps per record,
-    and the waits for checkpoints in all its steps."""
+    """Returns the seconds of training, with waits for checkpoints."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 
 def _steps_per_record(series: Series) -> float:
-    """Returns the mean number of steps per record. It is above 1 only if log.every skips steps."""
+    """Returns the mean number of steps per record (see log.every)."""
     steps = series.step_N
     return float(steps[-1] - steps[0] + 1) / len(steps) if len(steps) else 1.0

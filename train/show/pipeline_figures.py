@@ -1,4 +1,4 @@
-"""Draws the pipeline of one step: when each rank computes, and when it waits."""
+"""Draws when each pipeline rank computes and waits in one step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from train.metrics.timeline_file import SampledStep
 from train.show.plot import IDLE, Figure, figure, set_look
 
 PICTURE_ROWS, BARS = 16, 12_000
-"""Maximum number of pipeline ranks in the figure, and maximum number of actions."""
+"""Maximum numbers of pipeline ranks and of actions in the figure."""
 ACTION_COLOURS = {
     "F": ("forward", BLUE, "#9CCBE8"),
     "B": ("backward", GREEN, "#93D9C3"),
@@ -19,14 +19,13 @@ ACTION_COLOURS = {
     "W": ("backward of weights", "#E69F00", "#F6D998"),
     "FB": ("forward and backward together", PURPLE, "#EBCADB"),
 }
-"""For each kind of action: its name, its colour on a rank's first stage, and on other stages."""
+"""Name and two colours of each action: first and other stages."""
 NUMBERED = 800
-"""If the figure has more actions than this, the bars are too narrow for labels with micro-batch numbers."""
+"""Number of actions above which bars have no micro-batch numbers."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
-    """Returns a Gantt chart of a step, with one row per pipeline rank; None if no step was sampled or the run has no
-    pipeline."""
+    """Returns a step's Gantt chart, a row per pipeline rank, or None."""
     if sampled is None or len(sampled.span_seconds) < 2:
         return None
     ranks = len(sampled.span_seconds)
@@ -67,9 +66,9 @@ def _bars(
 ) -> go.Bar:
     """Returns the bars for these actions of one kind.
 
-    - later: whether each action is on another stage than the first stage of its rank.
+    - later: whether the actions are on other stages than their rank's first.
     - scale, unit: factor from seconds to the shown unit, and the unit's name.
-    - numbered: whether bars are labelled with micro-batch numbers.
+    - numbered: whether bars have micro-batch numbers.
     """
     name, strong, pale = ACTION_COLOURS[actions[0]["kind"]]
     numbers = {

@@ -1,7 +1,6 @@
 """Compares the predictions of mode=plan with the measurements of a run.
 
-plan.json in the run folder is used if the plan is for the run's recipe. The predicted memory is that of tensors on the
-device. Step time is compared only if the plan is for the device that trains.
+plan.json must be for the run's recipe. Step time is compared only if the plan is for the device that trains.
 """
 
 import json
@@ -23,11 +22,11 @@ ACTION_SUMS = {
     "backward passes": (("B", "I", "W"), "backward_seconds"),
     "overlapped pairs": (("FB",), "overlapped_seconds"),
 }
-"""For each compared sum of action times: the kinds of actions, and the metric that measures the sum."""
+"""For each compared sum of action times: kinds of actions, and the metric that measures the sum."""
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """Returns the settings that must be equal in a comparable plan and run, as JSON values."""
+    """Returns the settings that a comparable plan and run share."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),
@@ -41,7 +40,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def planned(config: Config, run_folder: Path) -> Record:
-    """Returns the predictions for the logging rank; an empty record if the folder has no plan for the run's recipe."""
+    """Returns the predictions for the logging rank; empty without a plan."""
     plan = _read(run_folder)
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
@@ -66,9 +65,9 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
     """Whether the plan was made for the device of this process.
 
-    A GPU matches if CUDA's name contains the name in the plan. A CPU matches if name and number of threads are equal.
+    CUDA's name of a GPU must contain the plan's name. A CPU must have the plan's name and number of threads.
     """
-    import torch  # imported here, so that a process can write the report without torch
+    import torch  # imported here, because a report needs no torch
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return plan["device"] in torch.cuda.get_device_name()
@@ -76,11 +75,11 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
 
 
 PlanRow = tuple[str, str, str, str]
-"""A row of the table: the quantity, its planned value, its measured value, and the error of the plan."""
+"""A table row: quantity, planned value, measured value, error."""
 
 
 def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
-    """Returns a row for each quantity: planned value, and the run's measured median. No rows without a plan."""
+    """Returns a row per planned quantity; empty without a plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
         return []

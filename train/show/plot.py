@@ -1,8 +1,7 @@
-"""Draws the common parts of the figures in report.html: colours, curves over steps, layout. Shape suffixes as in
-series.py.
+"""Draws the common parts of the figures in report.html: colours, curves over steps, layout.
 
-A pale line shows every step of a noisy curve, and a strong line a moving average. A long run is divided into intervals:
-a pale band shows the lowest and the highest value of each interval, and a strong line the mean.
+A pale line shows every step of a noisy curve, and a strong line a moving average. In a long run, a pale band shows the
+range of each interval, and a strong line the mean. Shape suffixes as in series.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +25,9 @@ DARK = {
     GREY: "#A5ABB4",
     IDLE: "#3A3F48",
 }
-"""Maps each colour to its replacement on a dark page, which has the same hue but is lighter."""
+"""Maps each colour to a lighter one for a dark page."""
 DOTTED_STEPS = 60
-"""Up to this number of steps, each step is drawn as a dot, and no curve is smoothed."""
+"""Maximum number of steps for dots and unsmoothed curves."""
 TICKS = 6
 """Maximum number of labels on the tokens axis."""
 
@@ -41,15 +40,17 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Names of the plotted data sets, if the figure shows only one at a time."""
+    """Data sets of a figure that shows one at a time."""
 
 
 def curves(
     series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Returns a line plot over the steps of all metrics in `wanted` that have values; None if none has a value.
+    """Returns a line plot of the metrics in `wanted` that have values; None without any.
 
-    unit: title of the y axis. log: whether the y axis is logarithmic. zero: whether the y axis begins at 0.
+    - unit: title of the y axis.
+    - log: whether the y axis is logarithmic.
+    - zero: whether the y axis begins at 0.
     """
     plot = go.Figure()
     for metric, curve in wanted.items():
@@ -64,12 +65,12 @@ def curves(
 
 
 def log_axis(plot: go.Figure) -> None:
-    """Make the y axis logarithmic, with labels at 1, 2 and 5."""
+    """Make the y axis logarithmic, with labels at 1, 2, 5."""
     plot.update_yaxes(type="log", dtick="D2", tickformat=".1~g")
 
 
 def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
-    """Draw a curve of these values, as the docstring of this file describes."""
+    """Draw a curve, as the docstring of this file describes."""
     if curve.markers:  # a line joins consecutive measurements, even if the steps between them have no value
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
@@ -88,8 +89,7 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
 
 
 def add_tokens_axis(plot: go.Figure, series: Series) -> None:
-    """Adds a second x axis above the figure, with the number of trained tokens. If the batch size grows, its labels are
-    unevenly spaced."""
+    """Adds a second x axis with the number of trained tokens."""
     tokens_N = series.columns.get("tokens", np.zeros(0))
     known = np.isfinite(tokens_N)
     if known.sum() < 2:
@@ -107,7 +107,7 @@ def add_tokens_axis(plot: go.Figure, series: Series) -> None:
 
 
 def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
-    """Sets the layout that all figures share. train/show/report_page.py adds the light and dark colours."""
+    """Sets the layout that all figures share, without colours."""
     plot.update_layout(
         height=height,
         margin={"l": 70, "r": 20, "t": 30, "b": 50},
@@ -120,7 +120,7 @@ def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
 
 
 def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
-    """Sets the layout of a figure whose x axis shows the steps step_N."""
+    """Sets the layout of a figure over the steps step_N."""
     set_look(plot, height).update_xaxes(title="step", nticks=10, tickformat=",d")
     if len(step_N) <= 10:  # with so few steps, plotly would also label fractions of a step
         plot.update_xaxes(tickvals=step_N.tolist())

@@ -1,7 +1,4 @@
-"""Builds the rows about mode=prove in report.html, and identifies the recipe, layout and code of a proof.
-
-prove.json, the result of a proof, is called its certificate. This file does not import torch.
-"""
+"""Builds the rows about mode=prove in report.html, and identifies proofs."""
 
 import hashlib
 import json
@@ -14,7 +11,7 @@ from train import __version__
 from train.metrics.origin import code_version
 
 PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
-"""Files that mode=prove writes: prove.json with all numbers, and card.md as a summary."""
+"""Files that mode=prove writes: all numbers, and a summary."""
 
 
 PROVEN_RECIPE = (
@@ -28,13 +25,11 @@ PROVEN_RECIPE = (
     "data.mask_documents",
 )
 PROVEN_LAYOUT = ("parallel", "micro_batch_size")
-"""mode=prove depends on the settings in PROVEN_RECIPE and PROVEN_LAYOUT. It trains on random tokens, so the recipe's
-data and number of steps do not matter."""
+"""Settings that mode=prove depends on, with those of PROVEN_RECIPE."""
 
 
 def describe_proven(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what identifies a proven run: hashes of recipe and layout, and the version and commit of the program.
-    settings: all resolved settings, as JSON values."""
+    """Returns what identifies a proven run: recipe, layout, version and commit."""
     commit, modified = code_version()
     hashes = {"recipe": _hash(settings, PROVEN_RECIPE), "layout": _hash(settings, PROVEN_LAYOUT)}
     return hashes | {"version": __version__, "commit": commit, "modified": modified}
@@ -51,8 +46,7 @@ def _hash(settings: Mapping[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _other(proven: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Returns texts about what differs between the proven run and this run. proven: the identification in the
-    certificate, as `describe_proven` returns it."""
+    """Returns what differs between the proven run and this run."""
     own = describe_proven(settings)
     return [
         f"{name} {_shown(proven[name])}"
@@ -66,10 +60,9 @@ def _shown(value: Any) -> str:
 
 
 def report_rows(run_folder: Path, settings: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]] | None:
-    """Returns a sentence and the rows of a table about prove.json for the report; None if prove.json is missing or
-    unreadable.
+    """Returns a sentence and table rows about prove.json; None without a readable file.
 
-    settings: the settings of the run. The sentence says if the proof is for another recipe, layout or code.
+    The sentence says if the proof is for another recipe, layout or code.
     """
     try:
         record = read_plain_json(run_folder / PROOF_FILE)

@@ -1,7 +1,6 @@
 """Writes report.html: one file that shows the course of a run, without network or server.
 
-The program reads only the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/). So it can
-write the report at any time, even after the run has crashed.
+It is built only from the run folder, also after a crash.
 """
 
 import datetime
@@ -38,19 +37,19 @@ from train.show.writer import REPORT_EVERY
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
-"""File with the newest generated text, its step and its temperature. The key `earlier` has older texts, oldest
-first."""
+"""File with the newest generated text, and earlier texts."""
 RELOADED = 60
-"""Interval in seconds at which the page of a training run reloads itself."""
+"""Seconds after which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds after which a page no longer says that the run trains. A training run writes new pages more often."""
+"""Seconds after which a page no longer says "training"."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:
-    """Write report.html into the run folder, atomically, and return its path. ended: True if the run has ended, and its
-    process still holds the run folder's lock.
+    """Write report.html into the run folder, atomically, and return its path.
 
-    Raises OSError if a file cannot be read or written, and UserError if a file is so damaged that no page can be built.
+    - ended: whether the run has ended, although its process still holds the run folder's lock.
+
+    Raises OSError if a file cannot be read or written, and UserError if a damaged file prevents the page.
     """
     try:
         page = _whole_page(run_folder, ended)
@@ -88,8 +87,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
-    """Builds a part of the page; if a file for it is damaged, the part shows the error. what: name of the part. make:
-    builds the part."""
+    """Builds a part of the page, or a part with the file's error."""
     try:
         return make()
     except (UserError, OSError):
@@ -100,14 +98,14 @@ def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
 
 
 def _until(run_folder: Path) -> float | None:
-    """Returns the Unix time until which the page says that the run trains; None if it does not train."""
+    """Returns the Unix time until which the page says "training", or None."""
     if not is_held(run_folder):
         return None
     return time.time() + TRUSTED
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """Returns the part about the newest incident, with the failed or blocking rank (cluster/incident.py)."""
+    """Returns the part about the newest incident (cluster/incident.py)."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found
@@ -141,7 +139,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
 
 
 def _answer_parts(run_folder: Path) -> list[str]:
-    """Returns the part with the newest scores of answers to held-out questions (train/evaluate/answers.py)."""
+    """Returns the part with the newest scores of answers (train/evaluate/answers.py)."""
     try:
         found = read_plain_json(run_folder / "evaluate.json")["answers"]
         if not found:
@@ -153,7 +151,7 @@ def _answer_parts(run_folder: Path) -> list[str]:
         examples = [tuple(str(text) for text in example.values()) for example in found["examples"]]
         heads = tuple(found["examples"][0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return []  # the run has no evaluation, or an earlier version of the program wrote it
+        return []  # no evaluation, or one by an earlier version of the program
     words = (
         f"Answers to {found['questions']} held-out questions, compared with the true ones by ROUGE-L (the longest common subsequence of words, "
         "0 to 1). A common form of all answers raises it, so the table also has answers to other questions and the most common answer. Loss: nats "
@@ -168,7 +166,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_settings(run_folder: Path) -> Mapping[str, Any]:
-    """Returns the content of config.yaml; empty if it is absent or unreadable."""
+    """Returns config.yaml; empty if it is absent or unreadable."""
     try:
         settings = yaml.safe_load(_read_text(run_folder / "config.yaml"))
     except (yaml.YAMLError, ValueError, RecursionError):  # yaml raises ValueError for an impossible date
@@ -177,7 +175,7 @@ def read_settings(run_folder: Path) -> Mapping[str, Any]:
 
 
 def _checkpoints(run_folder: Path) -> list[tuple[str, str, str]]:
-    """Returns the name, the size and the time of every checkpoint, oldest first."""
+    """Returns name, size and time of every checkpoint, oldest first."""
     found = []
     for folder in (run_folder / "checkpoints").glob(STEP_FOLDERS):
         number = folder.name.removeprefix("step_")
@@ -198,8 +196,7 @@ def _page(
     gpu: bool,
     until: float | None,
 ) -> str:
-    """Returns the complete page. sections: the parts below the figures. gpu: whether the run used GPUs. until: Unix
-    time, as `_until` returns it."""
+    """Returns the complete page. sections: parts below the figures."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     trains = "" if until is None else " The run trains: this page reloads every minute."
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
@@ -240,7 +237,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure
 
 
 def _description(settings: Mapping[str, Any]) -> str:
-    """Returns a sentence about the model and the data, from the settings of the run."""
+    """Describes the run's model and data in a sentence."""
     model, data = settings.get("model") or {}, settings.get("data") or {}
     if not {"layers", "hidden", "experts", "top_k"} <= model.keys():
         return ""
@@ -252,8 +249,7 @@ def _description(settings: Mapping[str, Any]) -> str:
 
 
 def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
-    """Returns the generated texts of a run, oldest first, with step and temperature. Raises UserError if the file is
-    damaged."""
+    """Returns a run's generated texts, oldest first. Raises UserError if damaged."""
     path = run_folder / SAMPLE
     if not path.exists():
         return []
@@ -292,7 +288,7 @@ def _text(sample: Mapping[str, Any]) -> str:
 
 
 def _origin_parts(run_folder: Path) -> list[str]:
-    """Returns the part with the command, the code and the machine of each start of the run."""
+    """Returns the part about all starts: command, code, machine."""
     starts = read_starts(run_folder)
     if not starts:
         return []
@@ -343,7 +339,7 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
 
 
 def _wall_time_parts(found: WallTime | None) -> list[str]:
-    """Returns the part with the table of the run's wall time by cause."""
+    """Returns the part with the run's wall time by cause."""
     if found is None:
         return []
     rows = [(words, duration(found.seconds_in[part]), f"{share:.2%}") for part, words, share in found.rows()]
@@ -355,7 +351,7 @@ def _wall_time_parts(found: WallTime | None) -> list[str]:
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
-    """Returns the part with the table of events on the run's machines, such as restarts."""
+    """Returns the part about events on the machines, such as restarts."""
     if cluster is None:
         return []
     sentence, rows = cluster

@@ -1,7 +1,7 @@
-"""Builds the common parts of report.html, plan.html and the comparison page, which need no network or server.
+"""Builds the common parts of report.html, plan.html and the comparison page.
 
-Each page is one file with plotly.js (4.8 MB) and the data of its figures, compressed with gzip and encoded in base64.
-The browser decompresses both (DecompressionStream). Colours follow the browser's light or dark setting.
+Each page is one file with plotly.js (4.8 MB) and its data, compressed with gzip and encoded in base64. The browser
+decompresses both. Colours follow its light or dark setting.
 """
 
 import base64
@@ -122,12 +122,12 @@ def opening(title: str, subtitle: str) -> list[str]:
 
 
 def reloading(seconds: float, until: float) -> str:
-    """Returns a script that reloads the page after this number of seconds, until the Unix time `until`."""
+    """Returns a script that reloads the page after `seconds`, before `until`."""
     return f"<script>if (Date.now() < {1000 * until:.0f}) setTimeout(() => location.reload(), {1000 * seconds:.0f});</script>"
 
 
 def closing(figures: Sequence[Figure]) -> list[str]:
-    """Returns the end of a page, with a script that draws these figures into their placeholders."""
+    """Returns the end of a page, with a script for these figures."""
     if not figures:
         return ["</main></body></html>"]
     plain = {figure.key: _plain(figure) for figure in figures}
@@ -143,7 +143,7 @@ def closing(figures: Sequence[Figure]) -> list[str]:
 
 @cache
 def _packed_plotly() -> str:
-    """Returns plotly.js, compressed. The result is cached, because compression takes 0.2 s."""
+    """Returns plotly.js, compressed. It is cached, because compression takes 0.2 s."""
     return _packed(get_plotlyjs())
 
 
@@ -152,8 +152,7 @@ def _packed(text: str) -> str:
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
-    """Returns the data and the layout of a figure, without plotly's template. All figures of a page share two
-    templates, light and dark."""
+    """Returns a figure's data and layout, without plotly's template."""
     plain = figure.plot.to_plotly_json()
     return {
         "data": plain["data"],
@@ -162,7 +161,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def _theme(name: str, label: str) -> Mapping[str, Any]:
-    """Returns a plotly template with a transparent background. label: background colour of hover labels."""
+    """Returns a transparent plotly template. label: background of hover labels."""
     theme = plotly.io.templates[name].to_plotly_json()
     see_through = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"bgcolor": label}}
     return {**theme, "layout": {**theme["layout"], **see_through}}
@@ -177,7 +176,7 @@ def cards_html(cards: Iterable[Card]) -> str:
 
 
 def figure_html(figure: Figure) -> str:
-    """Returns a placeholder for a figure; the script of `closing` draws it."""
+    """Returns a placeholder, in which `closing`'s script draws the figure."""
     wide = ' class="wide"' if figure.wide else ""
     options = "".join(f"<option>{html.escape(name)}</option>" for name in figure.choices)
     choice = (
@@ -191,13 +190,13 @@ def figure_html(figure: Figure) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns a table cell. A short text, such as a number with unit, does not wrap."""
+    """Returns a table cell. A short text does not wrap."""
     whole = ' class="whole"' if len(text) <= len("1023.9 GiB") else ""
     return f"<td{whole}>{html.escape(text)}</td>"
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], whole: bool = False) -> str:
-    """Returns an HTML table that scrolls if it is too wide. whole: if True, no cell wraps."""
+    """Returns an HTML table that scrolls. whole: if True, no cell wraps."""
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     kind = ' class="whole"' if whole else ""

@@ -1,6 +1,6 @@
 """Prints the progress line while a run trains, and the summary when the run ends.
 
-A summary has no boxes and never wraps a command, so paths and commands can be copied from a terminal.
+A summary has no boxes and never wraps a command, so paths and commands can be copied.
 """
 
 import math
@@ -39,10 +39,10 @@ def final_screen(
     wandb: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints the summary of a complete run on stdout, without the lines of arguments that are None.
+    """Prints the summary of a complete run on stdout. Arguments that are None are left out.
 
     - seconds: wall time of the run.
-    - training_loss: mean next-token loss of the last steps, comparable with the held-out loss.
+    - training_loss: mean next-token loss of the last steps.
     - plan: planned and measured quantities.
     - report: path of the report, or why there is none.
     - wandb: address of the W&B run, or folder of the offline run.
@@ -75,8 +75,7 @@ def stopped_screen(
     command: str,
     console: Console | None = None,
 ) -> None:
-    """Prints the summary of a stopped run on stdout. reason: the signal or limit that stopped the run. command: the
-    command that resumes it."""
+    """Prints the summary of a stopped run. command: resumes the run."""
     rows = [
         ("Why", reason),
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start from step 0"),
@@ -93,7 +92,7 @@ def _held_out(loss: float, bits_per_byte: float | None) -> str:
 
 
 def quoted_lines(text: str, indent: str = "") -> list[str]:
-    """Returns the first lines of a generated text, formatted for a screen."""
+    """Returns the first lines of a generated text, for a screen."""
     lines = text.strip().splitlines() or [""]
     return [f"{indent}| {line}" for line in lines[:SAMPLE_LINES]] + [f"{indent}| ..."] * (len(lines) > SAMPLE_LINES)
 
@@ -111,30 +110,27 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """Returns the text with replacements for control characters and characters that the encoding lacks. Escape
-    sequences in generated text cannot reach the terminal."""
+    """Returns the text without control characters and characters that `encoding` lacks."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
 
 # Progress at the terminal while a run trains.
 #
-# On a terminal, one line is updated while the run trains. It is not longer than the window is wide. If the output is
-# not a terminal (a file, a CI log), one line is printed for each of the first steps. Later lines follow at intervals
-# that grow with the run's duration, and after each tenth of the run. All of these lines show the same numbers.
+# A terminal shows one line that is updated. Other output, such as a file or CI log, gets a line for each of the first
+# steps. Later lines follow at growing intervals, and after each tenth of the run.
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Minimum interval between two printed lines: PLAIN_SECONDS, or the fraction PLAIN_SHARE of the time since the start,
-whichever is longer."""
+"""Minimum interval between printed lines: seconds, and fraction of the elapsed time."""
 SMOOTHING = 0.05
-"""Weight of the newest step in the moving average of the step time, for the remaining time."""
+"""Weight of the newest step in the moving average."""
 MIN_BAR, MAX_BAR = 8, 40
 ASCII_BAR = str.maketrans("━╌", "#-")
 
 
 class StepClock:
-    """Exponential moving average of the wall time from step to step, including stalls. now: present time in seconds."""
+    """Moving average of the wall time per step, including stalls."""
 
     def __init__(self, now: float):
         self._last, self._sum, self._weight = now, 0.0, 0.0
@@ -151,8 +147,9 @@ class StepClock:
 class Progress:
     """Shows the progress of a run on the terminal. Several threads may call it.
 
-    steps: steps of the run. done: steps completed before this start. enabled: whether progress is shown. clock: a
-    function that returns seconds; tests replace it.
+    - done: steps completed before this start.
+    - enabled: whether progress is shown.
+    - clock: function that returns seconds.
     """
 
     def __init__(
@@ -205,13 +202,12 @@ class Progress:
         )
 
     def event(self, text: str | None) -> None:
-        """Shows an activity of the run that is not a step. text: name of the activity, such as `validation`; None when
-        it has ended."""
+        """Shows an activity that is not a step; None when it ended."""
         with self._lock:
             self._event = text
 
     def note(self, text: str) -> None:
-        """Print a sentence above the progress line, even if progress is switched off."""
+        """Print a sentence above the progress line, even without progress."""
         self._print(sentence(text, indent=2))
 
     def close(self) -> None:
@@ -227,7 +223,7 @@ class Progress:
         yield Segment(line.translate(ASCII_BAR) if options.ascii_only else line)
 
     def line(self, width: int | None) -> str:
-        """Returns the progress line. width: maximum number of characters; None: no limit, and no progress bar."""
+        """Returns the progress line. width: maximum characters; None: no limit."""
         with self._lock:
             record, event = self._record, self._event
             left = (self._steps - record["step"]) * self._pace.seconds_per_step()
@@ -235,9 +231,9 @@ class Progress:
 
 
 def parts(record: Record, steps: int, seconds_left: float, event: str | None) -> list[str]:
-    """Returns the parts of the progress line, the most important part first."""
+    """Returns the progress line's parts, the most important first."""
     found = [f"step {record['step']}/{steps}"]
-    if "main_loss" in record:  # the total loss is not shown, because it depends on the weights of the other losses
+    if "main_loss" in record:  # no total loss, because it depends on the weights of the other losses
         found.append(f"loss {record['main_loss']:.4g}")
     if event:
         found.append(f"[{event}]")
@@ -257,8 +253,7 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Joins the first parts of the progress line that fit into `width` characters. A progress bar fills the remaining
-    space. fraction: completed fraction of the run."""
+    """Joins parts that fit into `width` characters, with a progress bar."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

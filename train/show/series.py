@@ -1,6 +1,6 @@
 """Reads a run's metrics as arrays for report.html, and reduces the number of points without losing spikes.
 
-Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
+Shape suffixes: N recorded steps, S steps of the heat maps, L MoE layers, E experts.
 """
 
 import math
@@ -17,16 +17,16 @@ from train.metrics.names import Record, is_event
 POINTS = 1000
 """Approximate maximum number of points in a curve."""
 HEAT_STEPS, HEAT_CELLS = 240, 600_000
-"""Maximum number of columns of a heat map, and of cells in all heat maps of experts."""
+"""Maximum number of heat map columns, and of all heat maps' cells."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Data of the figures: the scalar metrics of every recorded step, and the metrics by layer of some steps."""
+    """Data of the figures: scalars by step, and layer metrics."""
 
     step_N: np.ndarray
     columns: Mapping[str, np.ndarray]
-    """Maps a metric's name to its values at the N recorded steps, with NaN for missing values."""
+    """Maps a metric to its N values, with NaN for gaps."""
     layers: Sequence[str]
     layer_step_S: np.ndarray
     layer_vio_SL: np.ndarray
@@ -38,7 +38,7 @@ class Series:
     """Events of the kind `resumed`, oldest first."""
 
     def finite(self, metric: str) -> np.ndarray:
-        """Returns the finite values of a metric, in step order; empty if the metric was never measured."""
+        """Returns a metric's finite values, in step order."""
         values_N = self.columns.get(metric, np.zeros(0))
         return values_N[np.isfinite(values_N)]
 
@@ -47,8 +47,7 @@ class Series:
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Reduces a curve to about `points` points: the lowest and highest point of each of points/2 intervals. A shorter
-    curve is returned unchanged."""
+    """Reduces a curve to the lowest and highest points of intervals."""
     if len(x_N) <= points:
         return x_N, y_N
     kept = {0, len(x_N) - 1}
@@ -64,16 +63,14 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.nda
 
 
 def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
-    """Divides a curve into intervals. Returns the middle x value and the mean of the finite y values of each interval;
-    NaN if no value is finite. stretches: number of intervals."""
+    """Returns each interval's middle x value and mean y value."""
     parts = np.array_split(np.arange(len(x_N)), stretches)
     means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
     return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Returns the moving average of the finite values over a fortieth of the curve; NaN where the value is not
-    finite."""
+    """Returns the moving average over a fortieth of the curve, or NaN."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -83,8 +80,7 @@ def smoothed(y_N: np.ndarray) -> np.ndarray:
 
 
 def read_series(path: Path) -> Series:
-    """Reads the series of a run from metrics.jsonl: scalar metrics of every recorded step, and metrics by layer of
-    evenly spaced steps. No file: no steps."""
+    """Reads a run's series from metrics.jsonl. No file: no steps."""
     heads, loaded = [], []
     for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
         heads.append(head)
@@ -99,8 +95,7 @@ def read_series(path: Path) -> Series:
 
 
 def _norms(path: Path, steps: list[int]) -> list[Record]:
-    """Returns the records with norms by layer at evenly spaced steps, at most one per column of a heat map. steps: all
-    steps with such a record."""
+    """Returns the records with norms by layer at evenly spaced steps."""
     if not steps:
         return []
     wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}
@@ -109,7 +104,10 @@ def _norms(path: Path, steps: list[int]) -> list[Record]:
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Returns the names of the layers, and for evenly spaced steps: step numbers (S), MaxVio (S, L), and tokens per
-    expert (S, L, E). HEAT_STEPS and HEAT_CELLS limit S. loaded: all steps with recorded tokens per expert."""
+    expert (S, L, E).
+
+    loaded: all steps with recorded tokens per expert.
+    """
     if not loaded:
         return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
     (first,) = read_steps(path, {loaded[0]})
@@ -128,17 +126,17 @@ def _number(value: Any) -> float:
 
 
 def last(series: Series, name: str) -> float:
-    """Returns the newest finite value of a metric; NaN if the metric has no finite value."""
+    """Returns the newest finite value of a metric; NaN without any."""
     values = series.finite(name)
     return float(values[-1]) if len(values) else math.nan
 
 
 def median(series: Series, name: str) -> float:
-    """Returns the median of a metric's finite values without the first tenth (warm-up); NaN without finite values."""
+    """Returns a metric's median without the first tenth, or NaN."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Returns the mean of the last tenth of the values, but of at least the last 20; NaN if there is no value."""
+    """Returns the mean of the last tenth, but at least 20 values."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

@@ -1,13 +1,11 @@
-"""Logs to Weights & Biases in a separate thread, so that the training does not wait.
+"""Logs to Weights & Biases in a separate thread, so that the training does not wait. After any error, the thread prints
+one note and switches W&B off.
 
-The thread imports wandb, starts the W&B run, and takes records from a queue. After any error, it prints one note and
-switches W&B off; metrics.jsonl still has all records.
-
-In mode `offline`, without an API key, or if the server does not answer in time, the W&B run is offline. The environment
+The W&B run is offline in mode `offline`, without an API key, and if the server does not answer in time. The environment
 variable WANDB_MODE overrides the mode `auto`.
 
-All attempts of a run folder log to one W&B run (wandb/run_id, wandb/place.json). A resumed attempt logs only steps
-after the step in wandb/last_step. After kill -9, W&B may lack the last second, although wandb/last_step counts it.
+All attempts of a run folder log to one W&B run. A resumed attempt logs only steps after the step in wandb/last_step.
+After kill -9, W&B may lack the last second of records.
 """
 
 import os
@@ -30,28 +28,25 @@ from conf.words import harmless, one_line
 from train.checkpoint.run_folder import WANDB_PLACE, wandb_place
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 
-# In addition to step records, W&B gets items: checkpoints, tables and alerts.
+# W&B also gets items: checkpoints, tables and alerts.
 #
-# An item is a function with three arguments: the module wandb, the W&B run, and the newest logged step. It is passed to
-# WandbSink.write. A table is logged under the step after the newest logged step, because W&B accepts only one row per
-# step.
+# An item is a function of the module wandb, the W&B run and the newest logged step. A table is logged under the next
+# step, because W&B accepts only one row per step.
 
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
-"""Metrics whose x axis in W&B is the number of trained tokens, so that different batch sizes are comparable."""
+"""Metrics over the number of trained tokens in W&B."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""Further metrics whose x axis in W&B is the number of trained tokens. W&B's summary has their smallest value
-(NAME.min) and newest value (NAME.last)."""
+"""More metrics over trained tokens, with minimum (NAME.min) and NAME.last."""
 FILES = 1_000_000
-"""Maximum number of a checkpoint's files that W&B lists. Each rank writes two or more."""
+"""Maximum number of a checkpoint's files that W&B lists."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
 
 
 def define_metrics(run: Any) -> None:
     """Sets the x axis and the summary of metrics in W&B."""
-    # By default, W&B's summary shows the last value of each metric. `loss` is left out, because it is a weighted sum
-    # whose weights may change during a run.
+    # W&B's summary has no `loss`, because the weights of this sum may change during a run.
     run.define_metric("loss", hidden=True, summary="none", step_metric="tokens")
     for name in OVER_TOKENS:
         run.define_metric(name, step_metric="tokens")
@@ -60,8 +55,7 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """Returns a function that logs a checkpoint to W&B as an artifact. W&B gets only the names and sizes of the
-    files."""
+    """Returns a function that logs a checkpoint's names and sizes of files."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
@@ -73,7 +67,7 @@ def checkpoint(step: int, path: Path) -> Item:
 
 
 def sample_table(step: int, text: str) -> Item:
-    """Returns a function that logs a generated text to W&B as the table `samples`."""
+    """Returns a function that logs a generated text to a table."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         run.log({"samples": wandb.Table(columns=["step", "text"], data=[[step, text]])}, step=logged + 1)
@@ -82,8 +76,7 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """Returns a function that logs an evaluation's results to W&B as tables: `evaluations`, `evaluated_positions`, and,
-    if present, `evaluated_needle` and `evaluated_tasks`. found: the content of evaluate.json."""
+    """Returns a function that logs evaluate.json (`found`) as tables."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -105,7 +98,7 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
 
 
 def alert(title: str, text: str) -> Item:
-    """Returns an item that sends an alert. The W&B account's settings decide how W&B forwards it."""
+    """Returns an item that sends a W&B alert."""
 
     def send(wandb: ModuleType, run: Any, _: int) -> None:
         run.alert(title=one_line(title), text=harmless(text), level=wandb.AlertLevel.WARN)
@@ -116,16 +109,14 @@ def alert(title: str, text: str) -> Item:
 ONLINE_SECONDS = 10.0
 """Maximum seconds to wait for W&B's server when the run starts."""
 FINISH_SECONDS = 60.0
-"""Maximum seconds to wait for the upload of the last records when the run ends."""
+"""Maximum seconds to wait for the upload of the last records."""
 FLUSH_SECONDS = 1.0
-"""Interval in seconds at which W&B writes records to its file. A killed run loses the records of at most one
-interval."""
+"""Interval in seconds at which W&B writes records to its file."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
-"""Metrics that W&B gets for each MoE layer in each recorded step, besides the histograms of tokens per expert."""
+"""Metrics of each MoE layer that W&B gets."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
-"""Number of bins and upper end of the histograms of tokens per expert, in multiples of the mean. The last bin also
-counts all larger values."""
+"""Bins and upper end of load histograms, in multiples of the mean."""
 
 
 def wants_wandb(mode: WandbMode) -> bool:
@@ -134,13 +125,12 @@ def wants_wandb(mode: WandbMode) -> bool:
 
 
 class WandbSink:
-    """Logs records of steps, and items (checkpoints, tables and alerts), to the W&B run of a run folder. The library
-    wandb also reads WANDB_TAGS and WANDB_NOTES.
+    """Logs records of steps, and items (checkpoints, tables and alerts), to the W&B run of a run folder.
 
-    - config: the settings that W&B shows, as plain values.
+    - config: settings that W&B shows, as plain values.
     - group: as in `place_at_wandb`.
     - note: called with one sentence if W&B goes offline or an error switches it off.
-    - online_seconds: maximum seconds to wait for the server; tests replace it.
+    - online_seconds: maximum seconds to wait for the server.
     """
 
     def __init__(
@@ -165,12 +155,12 @@ class WandbSink:
         self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False
         self.where: str | None = None
-        """Address of the W&B run, or folder of the offline run; None until the W&B run has started."""
+        """Address or offline folder of the W&B run; None before start."""
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, record: Record | Item) -> None:
-        """Put a record or an item (a checkpoint, table or alert) into the thread's queue, and return at once."""
+        """Put a record or item into the thread's queue."""
         if self._off:
             return
         try:
@@ -179,7 +169,7 @@ class WandbSink:
             self._switch_off(f"{WAITING_RECORDS} records are waiting, and W&B accepts none")
 
     def close(self) -> None:
-        """Wait, up to a limit, until W&B has written all records to disk and, if online, sent them."""
+        """Wait, with a limit, until W&B has written all records."""
         limit = self._online_seconds + FINISH_SECONDS
         try:
             self._queue.put(None, timeout=0 if self._off else limit)
@@ -262,7 +252,7 @@ class WandbSink:
 
 
 def goes_online(mode: WandbMode, wandb: ModuleType) -> bool:
-    """Whether the W&B run tries to be online. If False, it is offline from its start."""
+    """Whether the W&B run tries to be online."""
     if mode == WandbMode.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return False
     return has_key(wandb)
@@ -275,7 +265,7 @@ def has_key(wandb: ModuleType) -> bool:
 
 
 def has_netrc_key(base_url: str) -> bool:
-    """Whether `wandb login` has stored an API key for this server in the netrc file."""
+    """Whether `wandb login` has stored an API key for this server."""
     import netrc
 
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -287,8 +277,10 @@ def has_netrc_key(base_url: str) -> bool:
 
 def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
     """Returns the project, entity and group of a run folder's W&B run. The first attempt reads them from the
-    environment and stores them; later attempts read the stored values. group: the W&B group, if the variable
-    WANDB_RUN_GROUP is not set."""
+    environment and stores them.
+
+    group: the W&B group if WANDB_RUN_GROUP is not set.
+    """
     return wandb_place(run_folder) or {
         "project": os.environ.get("WANDB_PROJECT", "sluice"),
         "entity": os.environ.get("WANDB_ENTITY"),
@@ -297,7 +289,7 @@ def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str 
 
 
 def run_id(run_folder: Path) -> str:
-    """Returns the W&B id of a run folder. The first attempt creates the id and stores it."""
+    """Returns a run folder's W&B id. The first attempt creates it."""
     path = run_folder / "wandb" / "run_id"
     if not path.exists():
         atomic_write_text(path, secrets.token_hex(4) + "\n")
@@ -305,7 +297,7 @@ def run_id(run_folder: Path) -> str:
 
 
 def to_wandb(record: Record) -> dict[str, Any]:
-    """Converts a record for W&B: scalars, some scalars by MoE layer, and histograms of tokens per expert."""
+    """Converts a record for W&B: scalars, layer scalars, histograms."""
     import wandb
 
     scalars = (name for name in record if name != "step" and not is_layer_metric(name) and not is_event(name))
@@ -323,13 +315,13 @@ def to_wandb(record: Record) -> dict[str, Any]:
 
 
 def layer_key(layer: str) -> str:
-    """Returns a layer's name for W&B, without dots, because W&B reads dots as nesting."""
+    """Returns a layer's name without dots, which W&B reads as nesting."""
     return layer.replace(".", "_")
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the histogram of the tokens per expert in some layers: the experts in each bin, and the LOAD_BINS + 1
-    edges. Tokens are in multiples of the layer's mean."""
+    """Returns the histogram of the tokens per expert in some layers: experts per bin, and bin edges in multiples of the
+    mean."""
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))

@@ -1,7 +1,7 @@
 """Writes the metrics of each step to metrics.jsonl, to the terminal, and to Weights & Biases.
 
-The logging rank passes a MetricsWriter one flat record per step, with the names of train/metrics/names.py. An error in
-one of its sinks, such as metrics.jsonl, does not stop the training.
+The logging rank passes a MetricsWriter one flat record per step. An error in a sink, such as metrics.jsonl, does not
+stop the training.
 """
 
 import subprocess
@@ -26,21 +26,19 @@ from train.show.planned import planned
 from train.show.screens import Progress
 from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
 
-# While a run trains, a separate low-priority process writes report.html, so that no step waits for it.
-#
-# The report process uses a core for some seconds. After it ends, the next report process starts after a pause of at
-# least IDLE_TIMES times the duration of the last one.
+# While a run trains, a separate low-priority process writes report.html. It uses a core for some seconds. The next one
+# starts after a pause of at least IDLE_TIMES times its duration.
 
 REPORT_EVERY = 300.0
-"""Minimum seconds between the starts of two report processes while the run trains."""
+"""Minimum seconds between the starts of two report processes."""
 FIRST_REPORT = 60.0
-"""Seconds from the start of the run to the first report process."""
+"""Seconds from the run's start to the first report process."""
 IDLE_TIMES = 10.0
-"""Minimum pause after a report process, as a multiple of the time that it ran."""
+"""Minimum pause after a report process, relative to its duration."""
 
 
 class ReportSink:
-    """Sink that regularly starts a process which writes report.html while the run trains."""
+    """Sink that regularly starts a process which writes report.html."""
 
     def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
         """every: minimum seconds between the starts of two report processes."""
@@ -50,7 +48,7 @@ class ReportSink:
         self._next = self._began + min(FIRST_REPORT, every)
 
     def write(self, record: Record) -> None:
-        """Start a report process if a new report is due, without waiting for it."""
+        """Start a report process if one is due. Does not wait."""
         now = time.monotonic()
         if self._child is not None and self._child.poll() is not None:
             self._child = None
@@ -62,7 +60,7 @@ class ReportSink:
             self._began = now
 
     def close(self) -> None:
-        """End a running report process, so that its report cannot replace the run's final report."""
+        """End a running report process, which could replace the final report."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -72,7 +70,7 @@ class ReportSink:
 
 
 SELDOM = {"validation_loss", "weight_norm"}
-"""Metrics that only a few steps measure. The sinks get all of them."""
+"""Metrics that few steps measure. The sinks get all of them."""
 
 
 class Sink(Protocol):
@@ -82,8 +80,7 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Passes records to the terminal and to sinks. As a context manager, it closes the sinks and the progress line on
-    an exception."""
+    """Passes records to the terminal and to sinks, and closes them."""
 
     def __init__(
         self,
@@ -96,13 +93,13 @@ class MetricsWriter:
         extra: Callable[[], Record] = dict,
         alerts: str | None = None,
     ):
-        """Opens the writer. The terminal gets every record; the sinks get only some records.
+        """Opens the writer. The terminal gets every record; the sinks get only some.
 
-        - every: interval, in steps, between the records that the sinks get. They also get the first step, the last
-          step, and each step with a metric in SELDOM.
+        - every: interval, in steps, of the sinks' records. They also get the first and last step, and steps with a
+          metric in SELDOM.
         - first: events to add to the first record.
-        - extra: returns further scalars for each record of the sinks.
-        - alerts: text at the beginning of the titles of W&B alerts; None: no alerts are sent.
+        - extra: returns further scalars for the sinks.
+        - alerts: beginning of the titles of W&B alerts; None: no alerts.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step, self._first = every, last_step, first or {}
@@ -110,7 +107,7 @@ class MetricsWriter:
         self._alerts, self._closed = alerts, False
 
     def write(self, record: Record) -> bool:
-        """Record one step. The record has at least the key `step`. Returns whether the sinks got it."""
+        """Record one step. Returns whether the sinks got it."""
         self._progress.write(record)
         step = record["step"]
         due = (
@@ -124,8 +121,7 @@ class MetricsWriter:
         return due
 
     def event(self, text: str | None) -> None:
-        """Shows an activity of the run that is not a step. text: name of the activity, such as `validation`; None when
-        it has ended."""
+        """Shows an activity that is not a step; None when it ended."""
         self._progress.event(text)
 
     def note(self, text: str) -> None:
@@ -133,22 +129,22 @@ class MetricsWriter:
         self._progress.note(text)
 
     def show(self, item: Item) -> None:
-        """Sends a checkpoint, a table or an alert to W&B, if the run logs to W&B."""
+        """Sends a checkpoint, table or alert to W&B, if in use."""
         if self._wandb is not None:
             self._wandb.write(item)
 
     def alert(self, what: str, text: str) -> None:
-        """Send a W&B alert to the people who watch the run. what: end of its title, such as `diverged`."""
+        """Send a W&B alert. what: end of its title."""
         if self._alerts is not None:
             self.show(alert(f"{self._alerts}: {what}", text))
 
     @property
     def wandb_run(self) -> str | None:
-        """Address or offline folder of the W&B run, for the last screen; None without W&B."""
+        """Address or offline folder of the W&B run; None without W&B."""
         return self._wandb.where if self._wandb is not None else None
 
     def close(self) -> None:
-        """Close every sink. The call may wait until W&B has finished. A second call does nothing."""
+        """Close every sink. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -166,7 +162,7 @@ class MetricsWriter:
 
 
 def what_ended(error: BaseException) -> str:
-    """Returns a short phrase about the error that ended a run, for the title of an alert."""
+    """Returns a short phrase about an error, for an alert's title."""
     from parallel.exchange import (
         is_timeout,
     )  # imported here, because it imports torch, which the driver does not need
@@ -185,8 +181,8 @@ def open_writer(
 ) -> MetricsWriter:
     """Opens a writer with the sinks that config.log selects.
 
-    resumed_step: step of the loaded checkpoint; 0 for a new run. resumed: the event `resumed` of
-    train/metrics/names.py; None for a new run.
+    - resumed_step: step of the loaded checkpoint; 0 for a new run.
+    - resumed: the event `resumed` of train/metrics/names.py; None for a new run.
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
@@ -219,8 +215,7 @@ def open_writer(
 
 
 def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
-    """Returns the event `resumed`. If the run repeats steps that metrics.jsonl already has, adds their number and the
-    time of the last record."""
+    """Returns the event `resumed`, with the number of repeated steps, if any."""
     last = read_last(metrics)
     again = last.get("step", 0) - resumed_step
     if again <= 0:
@@ -231,8 +226,7 @@ def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) 
 def open_wandb(
     config: Config, run_folder: Path, note: Callable[[str], None], settings: Mapping[str, Any] | None = None
 ) -> WandbSink:
-    """Opens the W&B run of a run folder. note: prints a sentence on the terminal. settings: the settings that W&B
-    shows."""
+    """Opens a run folder's W&B run. note: prints a sentence."""
     starts = read_starts(run_folder)
     name = config.name or run_folder.name
     return WandbSink(
@@ -247,8 +241,7 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send a W&B alert that a run has failed and is not restarted, where rank 0 cannot send it: with Ray, or after a
-    hang. code: exit code of the run."""
+    """Send an alert of a failed run where rank 0 cannot."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
@@ -257,8 +250,7 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """Returns the sentence about the hang that ended the newest start of the run; an empty string if no hang ended
-    it."""
+    """Returns the sentence about the newest start's hang; empty without one."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""
