@@ -69,7 +69,7 @@ SHORTEST = 32
 
 
 def position_ranges(seq_len: int) -> list[range]:
-    """Returns ranges of positions: halves, quarters and so on, from the end."""
+    """Returns ranges of positions: the last half, the quarter before it, and so on."""
     ends = [seq_len >> halvings for halvings in reversed(range(RANGES))]
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 

@@ -36,7 +36,7 @@ class Difference:
 
 
 WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "chosen experts", "loads")
-"""Quantities of the complete model, which may show distant faults."""
+"""Quantities that a fault anywhere in the model may change."""
 
 
 def first_of(differences: Sequence[Difference]) -> Difference | None:
@@ -103,7 +103,7 @@ class ProofFindings:
     differences: list[Difference] = field(default_factory=list)
     """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """How often each mechanism, such as clipping, acted and could have."""
+    """How often each mechanism, such as clipping, acted and could act."""
     device: str = "cpu"
     """Device type of the ranks: cpu or cuda."""
     second_layout: str = ""

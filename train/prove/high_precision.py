@@ -162,7 +162,7 @@ class RouterSlopes(NamedTuple):
 
 
 def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
-    """Returns the scores, and each logit's summed term magnitudes: (B, T, E)."""
+    """Returns the scores, and the sum of each logit's absolute terms: (B, T, E)."""
     logits_BTE = x_BTD @ weight_ED.T
     return logits_BTE.softmax(-1) if softmax else logits_BTE.sigmoid(), x_BTD.abs() @ weight_ED.abs().T
 

@@ -33,7 +33,7 @@ class AttentionCall:
     """Attention of one micro-batch on one rank."""
 
     call: PartCall
-    """Call whose tensor is attention's output."""
+    """The call that recorded attention's output."""
     what: str
     """Name under which the call recorded the output of attention."""
     out: PartCall | None
@@ -51,7 +51,7 @@ class AttentionCall:
 
 
 def judge_attention(step: StepParts, name: str) -> None:
-    """Judge attention's outputs, and the rotation in complete sequences."""
+    """Judge attention's outputs and, for complete sequences, the rotations."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
@@ -116,7 +116,7 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Judge heads: rotation by position, and one rope key for all."""
+    """Judge queries, keys and values, with their rotation."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")
@@ -194,7 +194,7 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Judge queries' gradients, and their contributions to gradients of keys and values."""
+    """Judge the gradients of a rank's queries, and the rank's contributions to gradients of keys and values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
     dq, size, off = slopes.q.x * grown, slopes.q.size * grown, low.slack(slopes.q) * grown

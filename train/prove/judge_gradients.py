@@ -18,7 +18,7 @@ from train.prove.evidence import Evidence, State, assemble, depth_of
 from train.prove.reference_step import rate_of
 
 MORE = 4
-"""Number of roundings in a sum over ranks, besides its terms."""
+"""Number of roundings in a sum over ranks, besides one per term."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
 """MOST_IN_BF16: maximum fraction of an fp32 sum's elements that may be exact in bf16. ENOUGH: minimum number of
 elements for a conclusive test."""

@@ -133,7 +133,7 @@ class WeightLora:
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
     def _through(self, given: LoraCall, dx: Total) -> Total:
-        """Applies dropout's backward. An input of 0 allows both results."""
+        """Applies dropout's backward. It is unknown whether an input of 0 was dropped."""
         if not given.call.has(given.dropped):
             return dx
         factor, unsure = 1 / (1 - self._share), given.x.x == 0

@@ -24,7 +24,7 @@ StepPart = Callable[[ReferenceStep], Tensor]
 
 @dataclass
 class WholeModel:
-    """One step of the complete model, from ranks and reference."""
+    """The ranks' and the reference's results of one complete step."""
 
     at: Comparisons
     ranks: list[Evidence]
@@ -120,8 +120,8 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Judge the chosen experts. Check `exact` requires the reference's experts. Other checks allow scores equal
-        within rounding errors."""
+        """Judge the chosen experts. Check `exact` requires the reference's experts. Other checks allow experts with
+        equal scores, within rounding errors."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":

@@ -116,7 +116,7 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Degrees that become 1, in this order, and the structures lost thereby."""
+"""Degrees that become 1 in layouts that are too large, and the lost structures."""
 
 
 def shrink(cfg: Config) -> Miniature:
@@ -297,7 +297,7 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
-    """Returns the settings of a small indexer that also chooses keys."""
+    """Returns the settings of a small indexer, with a smaller top_k."""
     sparse = cfg.model.sparse
     if cfg.seq_len > sparse.top_k:
         share = sparse.top_k * seq_len // cfg.seq_len
@@ -316,7 +316,7 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Returns tokens per chunk of the loss; several chunks stay several."""
+    """Returns the tokens per chunk of the loss, keeping several chunks."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens

@@ -197,7 +197,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """Returns a new view, whose hook gets only its own gradient."""
+    """Returns a view whose hooks get only the gradient through it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:

@@ -95,7 +95,7 @@ class PerturbedRuns:
         return run_reference_step(moved, self._samples, self._plan)
 
     def _run_swapped(self, near: float) -> ReferenceStep:
-        """Runs the step again, with other choices in the balance loss's near-ties."""
+        """Runs the step again, with near-ties in the balance loss exchanged."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

@@ -141,7 +141,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
 def exact_engine(
     config: Config, rank: RankSetup, device: torch.device
 ) -> Iterator[tuple[Engine, RankModel, "LocalGradients"]]:
-    """Yields an fp64 engine with proof weights, its model, local gradients."""
+    """Yields an fp64 engine, its model, and its local gradients."""
     # Drawn before fp64 starts, because random numbers differ in fp64.
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
@@ -355,7 +355,7 @@ class _ProvenTrainer(Trainer):
     """Sluice's Trainer that also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
-        """Train and write each step's evidence. start: for the state before."""
+        """Train and write each step's evidence. start: evidence for the initial state."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
         watched = self._proof == "tiles" or is_rounded(self._proof, self.run.config)

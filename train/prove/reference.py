@@ -184,7 +184,7 @@ class PlainBatch(Protocol):
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt; None: all, and documents are not independent."""
+        """Which tokens are learnt; None for all. If set, every document is an independent sample."""
         ...
 
 
@@ -385,12 +385,12 @@ class PlainModel:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Returns the indices of the largest values; in ties, the lower index."""
+    """Returns the indices of the largest values; in ties, lower indices first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def choose(model: Values, biased_NE: Tensor) -> Tensor:
-    """Returns the K best biased experts in the top_groups best groups (2.1.2)."""
+    """Returns the K experts with the best biased scores in the top_groups best groups (paper 2.1.2)."""
     if model.top_groups < model.groups:
         open_NG = torch.zeros(len(biased_NE), model.groups, dtype=torch.bool, device=biased_NE.device)
         open_NG.scatter_(1, best(group_scores(model, biased_NE), model.top_groups), True)
@@ -400,7 +400,7 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """Returns each group's score, (N, G): the sum of its n best scores."""
+    """Returns each group's score, (N, G): the sum of its best scores."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 

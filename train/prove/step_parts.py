@@ -93,7 +93,7 @@ class StepParts:
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """Returns the bound on products and an fp32 sum in any order."""
+        """Returns the bound on errors of products and an fp32 sum."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some multiplications and a sum of {terms} terms in fp32, and one rounding of the result")
 

@@ -129,7 +129,7 @@ def _rows(
 
 
 def _write(target: Path, rows: Iterator[dict], columns: pyarrow.Schema) -> None:
-    """Write rows to a hidden file, then rename it to target."""
+    """Write rows to a hidden file that then becomes the target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

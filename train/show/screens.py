@@ -122,7 +122,7 @@ def printable(text: str, encoding: str) -> str:
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Minimum interval between printed lines: seconds, and fraction of the elapsed time."""
+"""Printed lines are at least PLAIN_SECONDS apart, later the fraction PLAIN_SHARE of the elapsed time."""
 SMOOTHING = 0.05
 """Weight of the newest step in the moving average."""
 MIN_BAR, MAX_BAR = 8, 40

@@ -38,7 +38,7 @@ Item = Callable[[ModuleType, Any, int], None]
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
 """Metrics over the number of trained tokens in W&B."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""More metrics over trained tokens, with minimum (NAME.min) and NAME.last."""
+"""More metrics over trained tokens. W&B's summary has minimum and last value."""
 FILES = 1_000_000
 """Maximum number of a checkpoint's files that W&B lists."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
@@ -55,7 +55,7 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """Returns a function that logs a checkpoint's names and sizes of files."""
+    """Returns a function that logs names and sizes of a checkpoint's files."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
