@@ -22,7 +22,7 @@ from parallel.expert.link import TrafficCounters
 class ContextParallel:
     """Exchanges data with the ranks that share this rank's sequences. Implements `SequenceShare`.
 
-    group: the N ranks that share sequences. across: whether they span several nodes.
+    across: whether the group spans several nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):

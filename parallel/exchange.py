@@ -1,7 +1,6 @@
 """Exchanges plain values between ranks, as JSON text in tensors.
 
-torch's object collectives (such as `all_gather_object`) use pickle, and a pickle can run any code in its reader.
-`refuse_pickles` makes these functions raise.
+A pickle can run any code in its reader, so `refuse_pickles` makes torch's object collectives raise.
 """
 
 import json

@@ -47,7 +47,7 @@ class LinkRate:
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
     """Yield the rounds of the test: the kind of link and disjoint pairs of ranks.
 
-    world: number of ranks. local: consecutive ranks per node.
+    local: number of consecutive ranks per node.
     """
     nodes = world // local
     for matching in _matchings(local):

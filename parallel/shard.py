@@ -177,7 +177,7 @@ def whole(tensor: Tensor) -> Shard:
 class ShardedOptimizer(Protocol):
     """The optimizer interface for parallel/zero, which updates the flat fp32 parameters of ZeRO.
 
-    Implementations are torch.optim.Optimizer objects. Each parameter group has an update rule, `rule`.
+    Each parameter group has an update rule, `rule`.
     """
 
     param_groups: list[dict[str, Any]]

@@ -23,7 +23,7 @@ from parallel.expert.wire import Wire
 class AllToAllDispatcher(ChainDispatcher):
     """Dispatcher over the ranks of one group; rank r holds experts [r*E/P, (r+1)*E/P).
 
-    group: None if this rank holds all experts. experts: E. ranks_per_node: for the traffic counters.
+    group: None if this rank holds all experts. experts: E.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, ranks_per_node: int, wire: Wire):

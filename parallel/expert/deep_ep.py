@@ -4,7 +4,6 @@ This code follows the documentation of `deep_ep.Buffer`; it has never run with t
 
 DeepEP sends a token once to every rank that holds one of its experts. It returns a received token's gates, and the ids
 of its experts on this rank (-1 for others). This file makes one row for each of these experts, sorted by expert.
-Combine first sums the rows of each token.
 
 Shapes: T tokens, D channels, K experts per token, M received tokens, R rows, E experts of this rank.
 """
@@ -48,9 +47,9 @@ class _Landing:
 
 
 class DeepEPDispatcher(ExchangeDispatcher):
-    """DeepEP dispatcher for experts over the ranks of one group, for bf16 activations. It counts no traffic.
+    """DeepEP dispatcher for experts over the ranks of one NCCL group, for bf16 activations. It counts no traffic.
 
-    group: NCCL group. experts: number of experts in all. width: hidden width D, a multiple of 128.
+    width: hidden width D, a multiple of 128.
 
     In the first dispatch of a batch of tokens, the host waits for the size of DeepEP's output.
     """

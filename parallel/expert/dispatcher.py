@@ -15,8 +15,8 @@ Each use has two halves:
     begin    ends when the first exchange of a dispatch, or the last exchange of a combine, has started
     wait     does the rest
 
-In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. Autograd runs the
-newest ready node first. So the backward of operations between `begin` and `wait` runs between the two halves too.
+In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. The backward of
+operations between them runs between these halves too, because autograd runs the newest ready node first.
 
 A token is quantized once, before it is copied. So results do not depend on the placement of experts.
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-# Counts the bytes of messages to other ranks, and the time that the host waited for received rows. Headers of the
-# communication library are not counted.
+# Counts the bytes of messages to other ranks, and the time that the host waited for received rows.
 
 
 @dataclass

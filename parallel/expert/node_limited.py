@@ -9,8 +9,7 @@ The router limits the experts of a token to M nodes, so a token costs at most M 
 Combine adds a token's outputs on the expert's rank, then on the forwarding rank, last on the token's rank. Each of
 these ranks rounds to the activation dtype; flat dispatch rounds once.
 
-A message is an encoded row, the token's K gates and its K expert ids (int16). With one node, or one rank per node,
-there is only one hop.
+A message is an encoded row, the token's K gates and its K expert ids (int16).
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """

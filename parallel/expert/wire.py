@@ -29,9 +29,8 @@ from parallel.expert.permute import triton_dispatch
 
 # Rows that arrived over an FP8 wire.
 #
-# Autograd treats a `QuantizedRows` like any tensor of the activation dtype, in forward and as a gradient. The experts
-# of an FP8 recipe read its values and scales. A gather of such rows returns a `QuantizedRows`. Any other operation gets
-# dequantized values.
+# Autograd treats a `QuantizedRows` like any tensor of the activation dtype. The experts of an FP8 recipe read its
+# values and scales. A gather of such rows returns a `QuantizedRows`. Any other operation gets dequantized values.
 #
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
@@ -56,8 +55,8 @@ class QuantizedRows(Tensor):
     q_RD: float8_e4m3fn; the rows may be strided
     scale_RS: fp32 powers of two
     floor: lower bound of a tile's amax for its scale
-    dtype: dtype of the dequantized values
-    widen: function that converts q_RD to fp32
+    dtype: of the dequantized values
+    widen: converts q_RD to fp32
     """
 
     @staticmethod
@@ -109,7 +108,7 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of a tile's amax (largest magnitude). All values of a gradient may be far below 1e-4."""
+"""Lower bounds of a tile's amax (largest magnitude); the values of a gradient may all be far below 1e-4."""
 
 
 class Wire(Protocol):
@@ -146,7 +145,7 @@ class HighWire:
 class Fp8Wire:
     """The wire of E4M3 values with one power-of-two scale per 1x128 tile (paper 3.3.2, 3.3.3).
 
-    activation_floor, gradient_floor: lower bounds of a tile's amax. DeepSeek uses 1e-4 for activations.
+    activation_floor, gradient_floor: lower bounds of a tile's amax.
     """
 
     def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):

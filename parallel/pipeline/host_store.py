@@ -9,7 +9,7 @@ the batches in reverse order:
             batch, the copy of the previous batch starts. So two batches are on the device at a time.
 
 Each direction has its own stream. Events order copies and compute, so the host never waits. Memory is freed only after
-the compute stream has waited for its copy. On a CPU, copies are synchronous.
+the compute stream has waited for its copy.
 
 Host memory is allocated in pages (pinned for a GPU), which are reused.
 """

@@ -44,8 +44,8 @@ _FORWARD, _BACKWARD = 0, 1
 _NAMES = ("forward", "backward")
 
 _current: "_Pair | None" = None
-# The pair that runs in this process, if any. It is global, because a dispatcher's backward runs in autograd's thread.
-# That thread inherits neither thread-locals nor context variables. Only the lane with the baton calls yield_point().
+# The pair that runs in this process, if any. It is global, because a dispatcher's backward runs in autograd's thread,
+# which inherits neither thread-locals nor context variables.
 
 
 def yield_point() -> None:

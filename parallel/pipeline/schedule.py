@@ -5,7 +5,7 @@ same batch and cuts it into micro-batches along B. So only hidden states are sen
 its loss with shape (1,).
 
 The schedule divides each loss by the number of micro-batches and sums the gradients. If data-parallel pipelines have
-different numbers, the divisor is their mean. Without pipeline parallelism, the order is F0 B0 F1 B1 ...
+different numbers, the divisor is their mean.
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
@@ -81,8 +81,8 @@ class Pipeline(Generic[Chunk]):
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
-            # NCCL needs all ranks of the group to open its communicator. In torch, the first two ranks that communicate
-            # would open it, so this all-reduce comes first.
+            # NCCL needs all ranks of the group to open its communicator, but torch would open it in the first message
+            # of two ranks.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property

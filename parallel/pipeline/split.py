@@ -9,8 +9,7 @@ on. Splits are compared by these values, in this order; smaller is better:
     3. the sum of the squared costs of stages
     4. the number of layers in early stages, which hold the activations of more micro-batches
 
-With equal costs of layers, the result is optimal. With a few cheaper layers, the maximum exceeds the optimum by at most
-the cost of one of them.
+With equal costs of layers, the result is optimal.
 """
 
 from collections.abc import Sequence

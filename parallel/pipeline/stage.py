@@ -29,9 +29,9 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """Run the backward of weights, which adds to `.grad`. groups: result of torch's stage_backward_input.
+    """Run the backward of weights, in which GEMMs may add to `.grad` themselves, unlike in torch's version.
 
-    In torch's version, a GEMM could not add to a weight gradient itself.
+    groups: result of torch's stage_backward_input.
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))

@@ -1,8 +1,8 @@
 """Lists every private name of DeepSpeed that this folder uses, with the reason. Read this file before a DeepSpeed
 upgrade.
 
-A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
-installed version when a rank starts. tests/zero/test_private_names.py compares it with the code.
+`require_names` compares the list with the installed version when a rank starts. tests/zero/test_private_names.py
+compares it with the code.
 
 A second list names behaviour of DeepSpeed that Sluice copies, such as the sizes of buffers in a plan. Each row has
 hashes of DeepSpeed's functions. If tests/zero/test_copied_behaviour.py finds another hash, read the function again,

@@ -7,8 +7,6 @@ Other parameters are gathered with the module that owns them. Two rules follow:
     - A parameter is used only inside a call of its unit or module.
     - No code keeps a view of a parameter from forward to backward: it would hold the gathered copy in memory.
 
-Hooks on the chunk tell DeepSpeed when a micro-batch begins.
-
 Gradients are reduced during backward into fp32 shards, which accumulate over micro-batches. All ranks pass gradients to
 DeepSpeed in reverse module order, and zeros for missing gradients at the end. With different orders, DeepSpeed would
 mix up parameters or hang.

@@ -7,7 +7,7 @@ With bf16 weights, gradients of a chunk that finishes early are reduced at once.
 = 1; experts with ep = dp) need no reduction. The optimizer reads them in place; DeepSpeed would copy them five times.
 
 With offload, masters and moments are in host memory. DeepSpeed copies the shard's gradients to the host as it reduces
-them. The update copies unshared gradients one by one.
+them.
 """
 
 import contextlib

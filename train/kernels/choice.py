@@ -3,8 +3,7 @@
 cuDNN's attention kernel is the fastest, but fails in some library versions. So a run first tests each core with its own
 heads and length. It uses the first correct core; documents may need another core.
 
-All scores in the test are near -120, which reveals errors such as a running maximum that starts at 0. The reference is
-`PlainAttention` in fp32, for the first and the last head.
+All scores in the test are near -120, which reveals errors such as a running maximum that starts at 0.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed error of the result and of each gradient, relative to the reference (norms without the mean).
+"""Largest allowed error of the result and of each gradient, relative to the reference without its mean (norms).
 Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 0.1.
 """
 TRIED_SCORE = -120.0

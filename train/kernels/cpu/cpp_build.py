@@ -1,8 +1,7 @@
 """Compiles C++ sources at their first use, and caches the libraries in $SLUICE_CACHE/kernels.
 
-A compiler on this machine (CXX, g++ or clang++) builds them, with the CPU's widest vectors. A library's name is a hash
-of all that determines its code, including the CPU's features. Sluice loads no library that another user could have
-written.
+A compiler on this machine (CXX, g++ or clang++) builds them. A library's name is a hash of all that determines its
+code, including the CPU's features. Sluice loads no library that another user could have written.
 """
 
 import ctypes

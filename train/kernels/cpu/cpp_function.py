@@ -1,9 +1,8 @@
-"""Calls compiled C++ functions with tensors. Declares the parameters of each function, and checks every call.
+"""Calls compiled C++ functions with tensors.
 
-A C++ function gets addresses and cannot check the memory. So a `Kernel` declares every parameter, in the C++ order. A
-tensor that does not match is a bug in Sluice: another device, other strides, or a class that stores its values
-elsewhere. The call then raises an AssertionError before it runs the C++ function. On the meta device, a call only
-checks.
+A C++ function gets addresses and cannot check the memory. So a `Kernel` declares every parameter, in the C++ order, and
+checks every call. A tensor that does not match is a bug in Sluice: another device, other strides, or a class that
+stores its values elsewhere. The call then raises an AssertionError. On the meta device, a call only checks.
 """
 
 import ctypes

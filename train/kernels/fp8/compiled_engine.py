@@ -1,8 +1,7 @@
 """Emulates FP8 on a CPU with compiled matmuls, which read an operand's values and fp32 scales from separate tensors.
 
 bf16 represents the FP8 values exactly, so a matmul costs as much as in bf16 (train/kernels/cpu/products.cpp). If the
-scales are powers of two, the bf16 values already include the scales. Without separate scales, matmuls are plain:
-train/kernels/cpu/compiled_matmuls.py, or torch where it is faster.
+scales are powers of two, the bf16 values already include the scales.
 """
 
 from collections.abc import Sequence

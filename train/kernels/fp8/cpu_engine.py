@@ -3,9 +3,8 @@
 A matmul multiplies the dequantised operands, which are exact, and accumulates in fp32. If the scales are powers of two,
 bf16 represents the operands; otherwise the matmul is fp32.
 
-`CompiledEngine` (train/kernels/fp8/compiled_engine.py) is as fast as bf16, even with fp32 scales. It sums every 128
-elements of the contraction separately, like Hopper kernels; `CpuEngine` computes one sum. Results differ by 3e-7; the
-quantisation error is 4e-2.
+`CompiledEngine` (train/kernels/fp8/compiled_engine.py) sums every 128 elements of the contraction separately, like
+Hopper kernels; `CpuEngine` computes one sum. Results differ by 3e-7; the quantisation error is 4e-2.
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """

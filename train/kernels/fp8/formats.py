@@ -1,8 +1,8 @@
 """Number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
 
 A format with m mantissa bits has 1 + m significant bits down to 2**min_exponent. Below it, neighbouring values are
-2**(min_exponent - m) apart. torch has no dtype for E5M6. An E5M6 code is the top twelve bits of an fp16, and two codes
-share three bytes. Code i begins at bit 12 i of the little-endian stream (reference: DeepSeek TileKernels).
+2**(min_exponent - m) apart. An E5M6 code is the top twelve bits of an fp16, and two codes share three bytes. Code i
+begins at bit 12 i of the little-endian stream (reference: DeepSeek TileKernels).
 
 Shape suffixes: K packed dimension.
 """

@@ -53,7 +53,7 @@ class PaddedOperand:
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
-        """Codes (C, O) and block scales (C / 128, O / 128) of cuBLASLt's right operand, scales padded to 4 along C."""
+        """Codes (C, O) and scales of cuBLASLt's right operand: (C / 128, O / 128), with a multiple of 4 along C."""
         right = -self.scale.shape[1] % 4  # zero for most shapes, which then need no copy
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 

@@ -11,8 +11,8 @@ The kernels read the end of each expert's rows on the device, so the host never 
 padding. In Wgrad, zeros fill each expert's last tile of columns. All other sizes are multiples of 128. A dense GEMM has
 a single expert.
 
-The position of a tile has 64 bits, and the offsets of its elements have 32 bits, which is up to a third faster. In a
-large GEMM, a program computes two adjacent tiles.
+The position of a tile has 64 bits, and the offsets of its elements have 32 bits. In a large GEMM, a program computes
+two adjacent tiles.
 
 The module needs triton. Shape suffixes: O, N outer, C contraction, R rows, P columns of whole tiles, E experts.
 """
