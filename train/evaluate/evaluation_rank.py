@@ -135,10 +135,10 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns two values per text, (B, 2): the pass key's loss in nats, and the number of key tokens that the model
-        does not rank first.
+        """Returns two values per text, (B, 2), over the key tokens on this rank: their loss in nats, and the number of
+        tokens that the model does not rank first.
 
-        Both cover only the tokens on this rank. keys: number of key tokens in each text.
+        keys: number of key tokens in each text.
         """
         self._keys, self._sums_B2 = keys, torch.zeros(len(keys), 2, dtype=torch.float64)
         forward()

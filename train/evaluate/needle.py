@@ -5,7 +5,7 @@ A pass key of five digits is inserted into held-out text. The text ends with a q
 
 The test runs several texts for each length and each depth of the key (0: at the beginning, 1: right before the
 question). A key is found if each of its tokens is the model's likeliest. A model that ignores the needle has a mean
-loss of at least ln 100000 = 11.5 nats per key.
+loss of at least ln 100000 = 11.5 nats.
 
 The key is encoded separately, so it has the same tokens in needle and answer. The text contains no eos, because a model
 may not look back across eos. Imports no torch.

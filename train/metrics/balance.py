@@ -2,7 +2,7 @@
 
 Shape suffixes: L MoE layers (MTP modules last), E routed experts.
 
-MaxVio (paper on loss-free balancing, tables 2 to 4) = (tokens of the busiest expert - mean) / mean. It is 0 for an even
+MaxVio = (tokens of the busiest expert - mean) / mean, as in the paper on loss-free balancing. It is 0 for an even
 distribution. MaxVio of one batch shows the load of the all-to-all. MaxVio of the running load shows whether the bias
 balances the experts.
 """
@@ -19,7 +19,7 @@ HORIZON = 100
 DEAD_STEPS = 20
 """An expert counts as dead after this number of steps without a token.
 
-In 20 steps, a bias speed of 0.001 changes the bias by 0.02, so a working router would select the expert again.
+In 20 steps, a bias speed of 0.001 changes the bias by 0.02. A working router would then select the expert again.
 """
 
 
@@ -44,7 +44,7 @@ def max_vio(counts_LE: Any) -> np.ndarray:
 def load_entropy(counts_LE: Any) -> np.ndarray:
     """Returns each layer's entropy of the tokens per expert, divided by its maximum log E: (L,).
 
-    It is 1 for an even distribution. It is 0 if one expert gets all tokens, if there are no tokens, or if E = 1.
+    It is 1 for an even distribution, and 0 if one expert gets all tokens.
     """
     counts_LE = to_numpy(counts_LE)
     total_L1 = counts_LE.sum(axis=1, keepdims=True)

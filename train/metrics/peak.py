@@ -4,8 +4,7 @@ For data-centre GPUs, it is the manufacturer's figure for dense bf16 GEMMs, even
 same (ISCA paper 5.1.2: 432 TFLOPS are 43.7 % of an H800's 989 TFLOPS). For other devices, it is the rate of the fastest
 of a few plain GEMMs.
 
-A measurement on a busy machine is too low, but never too high. A cache folder stores the highest rate for each kind of
-device, number of threads, number format and code.
+A measurement on a busy machine is too low, but never too high. So a cache folder stores the highest rate.
 """
 
 import json
@@ -116,8 +115,7 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
 def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:
     """Measures the highest rate of square GEMMs of growing size, within about `budget` seconds.
 
-    Half of the budget is for a single thread, because threads that wait for each other can be far slower on a busy
-    machine.
+    Half of the budget is for a single thread. On a busy machine, threads that wait for each other can be slower.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return _best_rate(device, dtype, kernels, budget)

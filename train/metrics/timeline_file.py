@@ -15,9 +15,8 @@ The file is one JSON object:
         seconds          duration
         backward         only for FB: [stage, micro-batch] of the backward; stage and micro_batch belong to the forward
 
-A run writes the file in an early step and again in its last step, for the first pipeline (data-parallel rank 0). Each
-rank starts its clock when it leaves a collective right before the step. So the clocks differ by about the latency of a
-message. On CUDA, the collective synchronises the ranks' streams, and not their clocks on the host.
+A run writes the file for its first pipeline, in an early step and again in its last step. Each rank starts its clock
+after a collective right before the step. So the clocks differ by about the latency of a message.
 """
 
 import json

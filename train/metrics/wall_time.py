@@ -1,4 +1,4 @@
-"""Splits the wall time of a run, over all its starts, into parts that add up to the total.
+"""Splits the wall time of a run, over all its starts, into parts.
 
 With a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). Other runs use
 the times in starts.json and metrics.jsonl. metrics.jsonl also gives three parts that are subtracted from the training
@@ -105,7 +105,7 @@ def _of_starts(
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
     """Splits the time of a run without driver events.
 
-    Returns the seconds of each part, the time intervals of steps that were not repeated, and the number of starts.
+    Returns the seconds of each part, the time intervals of unrepeated steps, and the number of starts.
     """
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):

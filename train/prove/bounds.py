@@ -1,7 +1,7 @@
 """Bounds on the difference between two correct computations, for mode=prove.
 
-u is the unit roundoff: the largest relative error of one rounding. A chain of n matmuls with K terms per sum usually
-has an error of about u sqrt(n K).
+u is the unit roundoff: the largest relative error of one rounding. In n chained matmuls with K terms per sum, errors
+usually add up to about u sqrt(n K).
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,8 @@
 The order of an fp64 sum changes the result by only about 1e-15 of its terms. So two programs that agree to 1e-10
 compute the same function.
 
-A torch dispatch mode replaces fp32 below autograd, on all threads. torch's grouped matmul does not support fp64, so
-this file has a plain version.
+A torch dispatch mode replaces fp32 below autograd. torch's grouped matmul does not support fp64, so this file has a
+plain version.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Compares the tensors and counters that the ranks recorded with the reference (train/prove/reference.py).
 
-Each step starts from the ranks' state after the previous step, so a bound applies to one step. The comparisons follow
-the order of the computation, so the first failed comparison shows the origin of a fault:
+Each step starts from the ranks' state after the previous step. So a bound applies to one step. The comparisons follow
+the computation. So the first failed comparison shows the origin of a fault:
 
     start          the state equals the initial or the saved state, bit for bit               judge_state.py
     forward        outputs of all parts, losses, tokens per expert                            judge_model.py
@@ -12,8 +12,6 @@ the order of the computation, so the first failed comparison shows the origin of
     checkpoint     the files contain the state after the checkpoint's step, bit for bit       judge_state.py
 
 In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) come first.
-
-Shapes: as in train/prove/reference.py.
 """
 
 import math

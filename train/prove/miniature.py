@@ -1,17 +1,18 @@
-"""Reduces a recipe to a miniature that runs in seconds and keeps every structure in which a layout can be wrong.
+"""Reduces a recipe to a miniature that runs in seconds. The miniature keeps every structure in which a layout can be
+wrong.
 
-These values become small: widths, vocabulary, sequence length, and numbers of layers, experts per group and
-micro-batches. Other settings stay, such as parallelism and precision.
+These values become small: widths, vocabulary, sequence length, and numbers of layers, experts and micro-batches. Other
+settings stay, such as parallelism and precision.
 
-A layout has as many ranks as the product of these degrees:
+The number of ranks is the product of four degrees. If it exceeds `prove.ranks`, degrees above 1 become smaller:
 
-    pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
+    pipeline ranks                       to 2 (to 3, if possible)
+    copies of every expert               to 2
+    nodes of an expert group             to the smallest prime factor
+    ranks of the group on a node         to the smallest prime factor
 
-If this exceeds `prove.ranks`, the first two degrees become at most 2, and the last two their smallest prime factor. If
-there are still too many ranks, degrees become 1, in the order of `LOST`. If possible, a pipeline of three or more ranks
-keeps three ranks. Context parallelism splits a sequence over two ranks.
-
-The vocabulary size is prime, so ZeRO has to pad its shards.
+If there are still too many ranks, degrees become 1, in the order of `LOST`. Context parallelism splits a sequence over
+two ranks.
 """
 
 import itertools

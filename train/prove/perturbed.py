@@ -1,7 +1,7 @@
 """Measures how sensitive a step is to rounding: the reference repeats the step with random perturbations.
 
-With a sharp softmax or a small width, a correct rank may exceed a bound that is computed from the number of matmuls. So
-the reference perturbs every weight, output and output gradient by the unit roundoff of the format.
+The reference perturbs every weight, output and output gradient by the unit roundoff of the format. This shows steps in
+which correct ranks exceed the usual bounds, such as steps with a sharp softmax.
 
 In some narrow models, FP8 rounding alone may change a tensor by its full magnitude. Its elements are then inconclusive.
 """

@@ -85,10 +85,9 @@ def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
 
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
-    """Returns the KL divergence (B, T) between attention probabilities and the softmax of the index scores, over the
-    keys in open_BTT.
+    """Returns the KL divergence (B, T) of the index scores' softmax from the attention probabilities.
 
-    Attention probabilities are summed over heads and normalised.
+    It covers the keys in open_BTT. Attention probabilities are summed over heads and normalised.
     """
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)

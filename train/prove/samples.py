@@ -1,10 +1,11 @@
-"""Draws the training samples and the initial state for mode=prove. A sample depends only on the seed and its index, a
-weight or bias only on the seed and its name.
+"""Draws the training samples and the initial state for mode=prove. Samples depend only on the seed and their index.
+Weights and biases depend only on the seed and their name.
 
 As in text, some tokens are frequent and some never occur. Norm weights differ from 1 and biases from 0, so that a
-missing one changes the results. If a width has several tiles of 128, every second tile is multiplied by STEP or its
-inverse, so that a wrong tile's scale causes a large error. If the experts' width has several tiles, all tokens choose
-the first expert, and none the last.
+missing one changes the results.
+
+In widths with several tiles of 128, every second tile is multiplied by STEP or its inverse. A wrong tile's scale then
+causes a large error. In such models, all tokens choose the first expert, and none the last.
 
 Shapes: B sequences, S = seq_len + 1.
 """

@@ -34,7 +34,7 @@ def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
 def summed_rows(
     rows_TKD: Tensor, ids_TK: Tensor, hops: Sequence[int], in_bf16: bool, by_addition: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the K rows of every token, and by how much a correct sum may differ. Both are (T, D).
+    """Returns the sum of the K rows of every token, and its possible error. Both are (T, D).
 
     - ids_TK: the expert of each row.
     - hops: group sizes of the additions before the token's rank, such as [experts per rank, experts per node].

@@ -135,8 +135,7 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Returns a function that measures differences beyond one rounding and rounding ties, relative to the sum of the
-    terms' magnitudes.
+    """Returns a function that measures differences beyond rounding, relative to the sum of the terms' magnitudes.
 
     most: maximum fraction of inconclusive elements.
     """

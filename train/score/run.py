@@ -84,7 +84,7 @@ def score(config: Config) -> int:
 
 @torch.no_grad()
 def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
-    """Return log p(token i | previous tokens) of all tokens except the first, fp64 on the host, (T - 1,).
+    """Return the log-probabilities of all tokens except the first, fp64 on the host, (T - 1,).
 
     chunk: number of tokens whose logits are in memory.
     """

@@ -49,7 +49,7 @@ def write_report(run_folder: Path, ended: bool = False) -> Path:
 
     - ended: whether the run has ended, although its process still holds the run folder's lock.
 
-    Raises OSError if a file cannot be read or written, and UserError if a damaged file prevents the page.
+    Raises OSError if a file cannot be read or written. Raises UserError if a damaged file prevents the page.
     """
     try:
         page = _whole_page(run_folder, ended)

@@ -1,7 +1,7 @@
 """Builds the common parts of report.html, plan.html and the comparison page.
 
-Each page is one file with plotly.js (4.8 MB) and its data, compressed with gzip and encoded in base64. The browser
-decompresses both. Colours follow its light or dark setting.
+Each page is one file with plotly.js (4.8 MB) and its data. Both are compressed; the browser decompresses them. Colours
+follow the browser's light or dark setting.
 """
 
 import base64

@@ -1,11 +1,10 @@
 """Logs to Weights & Biases in a separate thread, so that the training does not wait. After any error, the thread prints
 one note and switches W&B off.
 
-The W&B run is offline in mode `offline`, without an API key, and if the server does not answer in time. The environment
+The W&B run is offline in mode `offline`, without an API key, and without an answer of the server. The environment
 variable WANDB_MODE overrides the mode `auto`.
 
 All attempts of a run folder log to one W&B run. A resumed attempt logs only steps after the step in wandb/last_step.
-After kill -9, W&B may lack the last second of records.
 """
 
 import os
