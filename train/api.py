@@ -60,7 +60,7 @@ class RunResult:
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":
-        """Returns the records as a data frame, indexed by step."""
+        """Returns the records as a data frame, indexed by step. Raises UserError without pandas."""
         try:
             import pandas
         except ImportError as error:
@@ -71,13 +71,16 @@ class RunResult:
 
 
 def compose(*words: str) -> Config:
-    """Composes and checks settings from arguments. Raises UserError."""
+    """Composes and checks settings from arguments. Raises UserError for an unknown, invalid or conflicting setting."""
     return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:
-    """Run config.mode like the command `sluice`. Raises UserError if the start is refused, RunFailed if the run fails
-    later."""
+    """Run config.mode like the command `sluice`: train (or resume), evaluate, export, plan, ...
+
+    Ranks are separate processes, so this process can start more runs. Raises UserError if the start is refused, and
+    RunFailed if the run fails later.
+    """
     from train.__main__ import do
 
     folder = RunPaths(config).path
@@ -91,7 +94,7 @@ def run(config: Config) -> RunResult:
 
 
 def open_run(folder: Path | str) -> RunResult:
-    """Opens an existing run. Raises UserError if the folder is not a run."""
+    """Opens an existing run, which may still train. Raises UserError if the folder is not a run."""
     folder = Path(folder).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
         raise UserError("folder", folder, "is not a run: it has no config.yaml", "give runs/NAME of a run")
@@ -101,7 +104,8 @@ def open_run(folder: Path | str) -> RunResult:
 def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     """Builds a recipe's model in this process, with the initial weights of a run, in train mode.
 
-    - `model(tokens)`: token ids (B, T + 1); returns the loss (1,) in nats per token, including MTP's weighted loss
+    - `model(tokens)`: token ids (B, T + 1); returns the loss (1,) in nats per token: the next-token loss plus MTP's
+      loss times `model.mtp_weight`
     - `model.logits(tokens)`: token ids (B, T); returns logits (B, T, vocabulary)
 
     For training steps, use `open_engine`. Raises UserError if the memory is too small.
@@ -128,7 +132,8 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 
 
 def load(path: Path | str, *overrides: str) -> "LoadedModel":
-    """Loads a model from a run, a checkpoint or a Hugging Face folder, for `complete`. Raises UserError.
+    """Loads a model from a run, a checkpoint or a Hugging Face folder, for `complete`. Raises UserError if the source
+    is missing, damaged or too large for the memory.
 
     `decoder.model` of the result is the torch module, in eval mode. overrides: settings such as cluster.device=cpu.
     """
@@ -141,7 +146,10 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
-    """Returns the continuation of a prompt. how: settings of section `generate`."""
+    """Returns the continuation of a prompt.
+
+    tokens: maximum number of new tokens. how: temperature, top_p and seed, as in section `generate`.
+    """
     from train.generate.generation import complete as continuation
 
     return continuation(model, prompt, tokens=tokens, **how)

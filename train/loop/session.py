@@ -5,8 +5,8 @@
         engine.update()
 
 A driver starts the ranks as processes, on this machine or on Ray (train/loop/session_rank.py). Rank 0 connects to the
-controlling process and forwards every call to the other ranks. Calls and answers are JSON and safetensors. Nothing is
-unpickled.
+controlling process and forwards every call to the other ranks. A key in the session's folder
+authenticates the connection. Calls and answers are JSON and safetensors. Nothing is unpickled.
 
 A refused call does not change the session. A call that fails on a rank ends the session.
 """
@@ -54,12 +54,16 @@ SESSION_END_SECONDS = 20.0
 
 
 class SessionFailed(RuntimeError):
-    """The ranks of a session have failed. The text names the cause."""
+    """The ranks of a session have failed. The text names the first failed rank and the cause."""
 
 
 @contextmanager
 def session(config: Config) -> "Iterator[Session]":
-    """Start the ranks of a layout and control them from this process. Raises SessionFailed if a rank fails."""
+    """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
+
+    At its end, the context waits until all ranks have ended. Raises UserError for refused settings, and SessionFailed
+    if a rank fails.
+    """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,9 @@ def session(config: Config) -> "Iterator[Session]":
 
 
 class Session:
-    """Has the methods of `Engine`. A batch contains the shares of all data-parallel ranks."""
+    """Has the methods of `Engine`. A batch contains the shares of all data-parallel ranks, in rank order. Returned
+    values are for all ranks together.
+    """
 
     def __init__(self, config: Config, folder: Path):
         self._config, self._folder = config, folder
@@ -132,7 +138,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Read all tensors, or stop, before another call."""
+        """See `Engine.weights`. Read all tensors, or stop the iteration, before you call another method."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         with self._whole_call():
             self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})

@@ -95,10 +95,11 @@ class Engine:
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank's position. `dp_rank` determines its share of a batch."""
+        """This rank's position in the layout. Its field `dp_rank` determines the rank's share of a batch."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
-        """Number of completed steps. Set it to resume a run."""
+        """Number of completed steps. The next step uses the recipe's schedules at `step` + 1. Set it to resume a run.
+        """
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Number of sequences in one micro-batch, summed over the data-parallel ranks."""
         self._mean_micro_batches = 0.0
@@ -157,7 +158,8 @@ class Engine:
         self._pass(plan, batch, total, last, token_loss, "balance" in chosen)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
-        """Clip and apply the gradients of the step, unless the loss or a gradient is not finite. Raises UserError.
+        """Clip and apply the gradients of the step. If the loss or a gradient is not finite, the weights stay
+        unchanged. Raises UserError.
 
         step: index in the recipe's schedules; None: the next step. lr: replaces the schedule's learning rate.
         """
@@ -186,6 +188,7 @@ class Engine:
         """Returns log p(token | earlier tokens) of this rank's share: fp32 (B, S) on the host. Raises UserError.
 
         The value of a sequence's first token is 0. The batch's `temperatures` divide the logits. Top-p is not applied.
+        Routers do not count tokens, and adapters do not use dropout.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -225,11 +228,17 @@ class Engine:
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the last step, and wait for it. Returns its path."""
+        """Write a checkpoint of the last step, and wait for it. Returns its path, such as FOLDER/step_00000012.
+
+        Any layout and every mode can read the checkpoint. Raises DiskFailed.
+        """
         return self._between_steps("save").save(folder, self.step)
 
     def load(self, path: Path) -> None:
-        """Load the complete state from a checkpoint of any layout. Raises UserError."""
+        """Load weights, optimizer state, balance biases and the step count from a checkpoint of any layout.
+
+        Raises UserError if the checkpoint is damaged or belongs to another model.
+        """
         self.step = self._between_steps("load").load(path)
 
     def weights(
@@ -242,11 +251,16 @@ class Engine:
 
         - merged: add the adapter to the base; otherwise yield only the adapter, under PEFT's names
         - stacked: yield a layer's experts as one tensor
+        - dtype: None for the recipe's dtype
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights and balance biases, under Hugging Face's names. Raises UserError."""
+        """Replace weights and balance biases. The optimizer's state does not change.
+
+        weights: pairs of Hugging Face name and tensor, such as a result of `Session.weights`. Raises UserError for an
+        unknown name or a wrong shape.
+        """
         self._between_steps("fill").fill(weights)
 
     def generate(
@@ -279,7 +293,12 @@ class Engine:
         stopping: StopKind = StopKind.none,
         on_phase: Callable[[str], None] = lambda _: None,
     ) -> StepOutcome:
-        """Run a whole step. stopping: how this rank was asked to stop."""
+        """Run a whole step with the recipe's loss.
+
+        - batch: this rank's share
+        - stopping: how this rank was asked to stop; the engine sends this to all ranks
+        - on_phase: new value of the field `on_phase`
+        """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
         return self._update(plan)
@@ -371,7 +390,9 @@ class Engine:
         return QKClip(parts.chunks, self._config.model, limit, most)
 
     def _inputs(self, batch: Batch) -> dict:
-        """Returns the pipeline's inputs. Only the head's rank gets per-token tensors."""
+        """Returns the pipeline's inputs. Every rank gets replayed experts and keys; only the head's rank gets the other
+        tensors per token.
+        """
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
             more["experts_BTLK"] = batch.experts_BTLK

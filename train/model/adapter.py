@@ -1,7 +1,8 @@
 """Adds LoRA matrices A and B to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
 The matmul with W does not change, so LoRA works with any precision and storage format of W. The LoRA matmuls use the
-activation dtype; their gradients are summed in fp32.
+activation dtype; their gradients are summed in fp32. A is initially uniform in +-1 / sqrt(inputs), as in PEFT. B is
+initially 0.
 
 Dropout hashes each input element: its row's values, its column index, the step and the weight's name. So any layout, a
 resumed run and a recomputed block drop the same elements. Rows with equal values have equal dropout masks.

@@ -34,7 +34,9 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 
 
 def is_matrix(name: str, dims: int) -> bool:
-    """Returns whether Muon updates a weight; AdamW updates all others."""
+    """Returns whether Muon updates a weight: every matrix except the embedding, the head, routers (arXiv 2502.16982,
+    2.2) and indexers, for which no paper gives a rule. AdamW updates all others.
+    """
     return dims > 1 and not name.startswith(("embedding.", "head.")) and not {"router", "indexer"} & {*name.split(".")}
 
 

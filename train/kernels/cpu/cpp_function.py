@@ -1,5 +1,7 @@
 """Calls compiled C++ functions with tensors.
 
+`torch.library.custom_op` is not used: a call would take 36 us instead of 5 to 10 us, without a check of strides.
+
 A C++ function gets addresses and cannot check the memory. So a `Kernel` declares every parameter, in the C++ order, and
 checks every call. A tensor that does not match is a bug in Sluice: another device, other strides, or a class that
 stores its values elsewhere. The call then raises an AssertionError. On the meta device, a call only checks.
