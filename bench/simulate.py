@@ -1,4 +1,4 @@
-"""Months of faults of a run, simulated with the real supervisor on nodes that exist only as numbers.
+"""Months of faults of a run, with the real supervisor and simulated nodes.
 
     python -m bench.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step
     S] ... [key=value]
@@ -32,6 +32,16 @@ from conf.words import say
 RECIPE = ["conf=deepseek_v3", "data=stdlib", "cluster=ray"]
 LARGER = ["parallel.dp=1024", "batch_size=32768", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"]
 """Overrides for this recipe on 16,384 devices, where the pipelines need more sequences."""
+DURATIONS = {
+    "step": "a step of the full layout",
+    "start": "from the order to start to the end of the first step",
+    "stall": "wait of the training at each checkpoint",
+    "write": "writing a checkpoint to disk after this wait",
+    "send": "sending a copy in memory after this wait",
+    "answer": "until agents have answered and ended their ranks",
+    "relaunch": "until somebody restarts a run that gave up",
+}
+"""Help text of every duration of `Pace`."""
 COPIES, DISK = ["checkpoint.every_memory=20"], ["checkpoint.every_memory=0", "checkpoint.every=100"]
 
 
@@ -83,7 +93,7 @@ def play_scenario(scenario: Scenario, pace: Pace) -> ScenarioResult:
         outages = by_chance(count, scenario.days, scenario.seed, RATE_PER_DEVICE * per_node)
     nodes = [
         replace(node, device_bytes=1) for node in nodes_of(f"{count}x{per_node}")
-    ]  # of which _shapes says what fits
+    ]  # _shapes says which layouts fit
     seconds = scenario.days * DAY
     with tempfile.TemporaryDirectory() as folder:
         shapes = _shapes(config, Path(folder), scenario.least_ep)
@@ -147,20 +157,23 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         prog="python -m bench.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--faults", choices=("trace", "chance"), help="of the trace of a year, or by chance at Llama 3's rate"
+        "--faults", choices=("trace", "chance"), help="faults of the one-year trace, or random faults at Llama 3's rate"
     )
     parser.add_argument(
         "--spares", type=lambda text: [int(one) for one in text.split(",")], help="spare nodes, for example 0,8"
     )
-    parser.add_argument("--days", type=float, help="days that are played")
+    parser.add_argument("--days", type=float, help="simulated days")
     parser.add_argument(
-        "--least-ep", type=int, help="smallest parallel.ep that devices have memory for; else it stays as it is"
+        "--least-ep", type=int, help="smallest parallel.ep that fits the devices; by default the recipe's parallel.ep"
     )
-    parser.add_argument("--seed", type=int, default=1, help="which servers of the trace, or which chance")
-    parser.add_argument("--json", action="store_true", help="one JSON object a scenario instead of the table")
+    parser.add_argument("--seed", type=int, default=1, help="seed that chooses servers of the trace, or random faults")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per scenario instead of the table")
     for one in fields(Pace):
         parser.add_argument(
-            f"--{one.name}", type=float, default=one.default, help=f"seconds; {one.default:g} by default"
+            f"--{one.name}",
+            type=float,
+            default=one.default,
+            help=f"{DURATIONS[one.name]}: seconds, {one.default:g} by default",
         )
     parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of conf=deepseek_v3")
     return parser.parse_args(words)

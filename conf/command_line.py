@@ -236,7 +236,8 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
     if is_dataclass(item):
         inside = ", ".join(f"{field.name}: ..." for field in fields(item))
         return UserError(key, _plain(value), rule, f"write '{key}=[{{{inside}}}]'; omitted keys keep their defaults")
-    return UserError(key, _plain(value), rule, f"for example {_written(key, default)}")
+    example = default or [*choices_of(item)][:2] or None
+    return UserError(key, _plain(value), rule, f"for example {_written(key, example)}")
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:

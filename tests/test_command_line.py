@@ -177,6 +177,7 @@ MISTAKES = {
     "--fsdp": "write parallel.zero=3",
     "lora_r=8": "did you mean adapter.rank=8?",
     "lora_alpha=16": "did you mean adapter.alpha=16?",
+    "adapter=lora 'adapter.targets=[foo]'": "for example 'adapter.targets=[q_up, kv_up]'",
     "load_in_4bit=true": "write adapter=lora adapter.base=fp8",
     "--training.local_batch_size 2": "did you mean micro_batch_size=2?",
     "num_train_epochs=2": "did you mean epochs=2?",

@@ -139,6 +139,9 @@ def test_foreign_files_need_bytes_and_an_end(tmp_path):
     assert load_tokenizer(str(tmp_path)).eos_id == 0
     with pytest.raises(UserError, match="this path does not exist"):
         load_tokenizer(str(tmp_path / "absent.json"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"this folder has no tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "empty"))
 
 
 def test_the_files_beside_a_tokenizer_go_with_it_as_they_are(tmp_path):

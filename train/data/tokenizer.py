@@ -211,14 +211,15 @@ def load_tokenizer(choice: str) -> Tokenizer:
             )
         path = Path(spec.origin).parent / "tokenizer.json"
     else:
-        path = Path(choice).expanduser()
-        path = path / TOKENIZER_FILE if os.path.isdir(path) else path
+        given = Path(choice).expanduser()
+        path = given / TOKENIZER_FILE if os.path.isdir(given) else given
         if _is_absent(path) or path.name == TIKTOKEN_FILE:
             refuse_tiktoken(path.parent, "data.tokenizer")
         if _is_absent(path):
+            found = "path does not exist" if path == given else f"folder has no {TOKENIZER_FILE}"
             raise _refuse(
                 choice,
-                "must be deepseek_v3, or the path of a tokenizer.json or its folder; this path does not exist, and names on the Hugging Face Hub are not downloaded",
+                f"must be deepseek_v3, or the path of a tokenizer.json or its folder; this {found}, and names on the Hugging Face Hub are not downloaded",
                 f"`hf download {choice} tokenizer.json tokenizer_config.json --local-dir {Path(choice).name}`, then set "
                 f"data.tokenizer={Path(choice).name}; or omit data.tokenizer to train a tokenizer on the data",
             )

@@ -13,6 +13,7 @@ from conf.words import say
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.metrics.jsonl import read_heads
 from train.metrics.origin import command_to_go_on
+from train.program import COMMAND
 from train.show.planned import plan_rows, plan_words
 from train.show.report import write_report
 from train.show.screens import final_screen, stopped_screen
@@ -67,7 +68,7 @@ def _report(config: Config, folder: Path) -> Path | str:
         why = explain_disk_error(error)
     except UserError as error:  # a file of the run folder is damaged
         why = f"{error.value} {error.rule}"
-    return f"not written ({why}); later: python -m train mode=report name={config.name} runs={config.runs}"
+    return f"not written ({why}); later: {COMMAND} mode=report name={config.name} runs={config.runs}"
 
 
 def last_validation(metrics: Path) -> dict[str, float]:

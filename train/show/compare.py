@@ -28,6 +28,7 @@ from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS, Curve
 from train.metrics.origin import ran_on_gpu
 from train.metrics.quantities import short
+from train.program import COMMAND
 from train.show.headline import clipped
 from train.show.plot import LINE_COLOURS, Figure, add_curve, log_axis, set_look
 from train.show.report import read_settings, write_report
@@ -217,7 +218,7 @@ def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Conso
     console.print(table, width=None if console.is_terminal else WIDE)
     sweep, runs = configs[0].name.rpartition("/")[0], configs[0].runs
     where = "" if runs == "runs" else f" runs={runs}"
-    console.print(f"all curves in one figure: python -m train mode=report name={sweep}{where}", soft_wrap=True)
+    console.print(f"all curves in one figure: {COMMAND} mode=report name={sweep}{where}", soft_wrap=True)
 
 
 def _word(value: object) -> str:
