@@ -166,9 +166,9 @@ def _job(
     if kind in ("kuberay", "skypilot") and not any(word.startswith("data.cache=") for word in recipe):
         config.data.cache = str(Path(config.runs).parent / "cache")  # a pod's home folder is not shared
         recipe = [*recipe, f"data.cache={config.data.cache}"]
-    line, hours, offloaded = plan(config)
-    share = SAVES * checkpoint_bytes(config) / world
-    memory = devices * (PROCESS_BYTES + share) + offloaded
+    line, hours, planned = plan(config)
+    buffers = SAVES - (gpu is not None)  # the planned host bytes of a GPU job include one buffer
+    memory = devices * (PROCESS_BYTES + buffers * checkpoint_bytes(config) / world) + planned
     limit = min(LONGEST, math.ceil(SPARE_TIME * hours + 0.5))
     found = options.get("--queue"), options.get("--image")
     return Job(config, recipe, world // devices, devices, gpu, memory, limit, line, *found)
