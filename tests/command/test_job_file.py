@@ -110,7 +110,8 @@ def test_the_job_of_kubernetes_has_nodes_devices_memory_mounts_and_a_queue(print
         assert mounts == {"/shared": "shared", "/scratch": "scratch", "/dev/shm": None}
     asked = container["resources"]
     assert asked["requests"] == asked["limits"] and asked["limits"]["nvidia.com/gpu"] == "8"
-    assert 8 * 12e9 + 40 * GIB < int(asked["limits"]["memory"].removesuffix("Gi")) * GIB < 8 * 30e9 + 40 * GIB
+    # A rank has 12 GB and a checkpoint buffer of 6 GB; the plan has the other one.
+    assert 8 * 12e9 + 40 * GIB < int(asked["limits"]["memory"].removesuffix("Gi")) * GIB < 8 * 20e9 + 40 * GIB
 
 
 @pytest.mark.parametrize("kind", ["kuberay", "skypilot"])
