@@ -53,7 +53,7 @@ def planned_here(tmp_path_factory):
     return config, runs / "a"
 
 
-def test_every_record_has_the_prediction(planned_run):
+def test_every_record_has_the_prediction(planned_run, monkeypatch):
     config, folder = planned_run
     predicted = json.loads((folder / "plan.json").read_text())["ranks"][0]["peak_bytes"]
     with open_writer(config, folder) as writer:
@@ -62,6 +62,10 @@ def test_every_record_has_the_prediction(planned_run):
         {"step": 1, "memory_bytes": 5, "memory_predicted_bytes": predicted}
     ]
     assert predicted > 10_000_000
+    series = read_series(folder / "metrics.jsonl")
+    assert plan_rows(folder, series)[0][::3] == ("memory of tensors", ""), "a run on a CPU, and a plan for GPUs"
+    monkeypatch.setattr("train.show.planned.ran_on_gpu", lambda _: True)
+    assert plan_rows(folder, series)[0][0] == "peak memory"
 
 
 @pytest.mark.parametrize(

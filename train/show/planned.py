@@ -13,6 +13,7 @@ from conf.files import read_plain_json
 from conf.schema import Config
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.names import Record
+from train.metrics.origin import ran_on_gpu
 from train.metrics.quantities import error, gib, seconds, share
 from train.show.series import Series, last, median
 
@@ -83,7 +84,7 @@ def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
         return []
-    rows = [_memory(plan, series)]
+    rows = [_memory(plan, series, ran_on_gpu(run_folder))]
     if not series.has("step_predicted_seconds"):
         return rows
     rows.append(_row("step", plan["step_seconds"], median(series, "step_seconds")))
@@ -98,9 +99,11 @@ def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
     return rows
 
 
-def _memory(plan: dict[str, Any], series: Series) -> PlanRow:
+def _memory(plan: dict[str, Any], series: Series, gpu: bool) -> PlanRow:
     peak, measured = plan["peak"], max(series.finite("memory_bytes"), default=0.0)
-    if plan["on_cpu"]:  # a run on a CPU measures only the memory of the process; mode=dry_run measures tensors
+    if (
+        plan["on_cpu"] or not gpu
+    ):  # a run on a CPU measures only the memory of the process; mode=dry_run measures tensors
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
     return "peak memory", gib(peak), gib(measured), error(peak, measured)
 

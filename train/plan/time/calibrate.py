@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -90,6 +91,7 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier) -> None:
     """Run one rank's measurements. Rank 0 writes them into `folder`."""
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     tune_cpu()
     if kind == "cpu":
         torch.set_num_threads(threads)
