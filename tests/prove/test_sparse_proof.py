@@ -29,6 +29,7 @@ WHOLE = {
     "ep2_fp8": [*SPARSE, "precision=fp8", "parallel.dp=2", "parallel.ep=2"],
     "chats_bf16": [*SPARSE, "data.format=chat", "parallel.dp=2", "precision=bf16"],
     "lora_bf16": [*SPARSE, "adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "precision=bf16"],
+    "frozen_indexers": [*SPARSE, "optim.index_loss=0"],
     "muon": [*SPARSE, "optim=muon", "optim.qk_clip=0.5"],
     "warmup_zero2_bf16": [*WARM, "parallel.dp=2", "parallel.zero=2", "precision=bf16"],
     "warmup_ep2_zero3": [*WARM, "parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],

@@ -48,7 +48,8 @@ def judge_parts(step: StepParts) -> None:
         if not any(step.calls.get(f"{name}{part}") for part in WITHIN):
             at.fail("parts", name, "no rank recorded its inputs and outputs")
     at.phase = "backward"
-    for name, *_ in reversed(parts):
+    returning = [part for part in reversed(parts) if step.config.optim.index_loss or ".indexer." not in part[0]]
+    for name, *_ in returning:
         _judge_returns(step, name)
     if len(at.findings.differences) > failed:
         return
@@ -56,7 +57,7 @@ def judge_parts(step: StepParts) -> None:
     for name, forward, _ in parts:
         forward(step, name)
     at.phase = "backward"
-    for name, _, backward in reversed(parts):
+    for name, _, backward in returning:
         backward(step, name)
 
 
