@@ -52,6 +52,8 @@ def refused(played: Played) -> None:
             r"one value per token: \(8, 25\)",
         ),
         (lambda: engine.logprobs(replace(good, experts_BTLK=experts[:, :-1])), r"\(8, 24, 3, 4\)"),
+        (lambda: engine.logprobs(replace(good, experts_BTLK=experts.numpy())), r"ndarray(.|\n)*of whole numbers"),
+        (lambda: engine.logprobs(replace(good, keys_BTLK=experts + 0.5)), r"float32(.|\n)*of whole numbers"),
         (lambda: engine.logprobs(replace(good, experts_BTLK=beyond)), "sequence 1, token 2, MoE layer 0"),
         (lambda: engine.logprobs(replace(good, experts_BTLK=same)), "4 different experts, 0 to 7"),
         (lambda: engine.logprobs(replace(good, experts_BTLK=far)), "of at most 2 of 4 groups"),

@@ -82,6 +82,11 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
             given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             rule = f"must be a tensor (sequences, tokens) of {kinds[0]}"
             raise UserError(f"batch.{name}", given, rule, "convert it")
+    for name in ("experts_BTLK", "keys_BTLK"):
+        tensor = getattr(batch, name)
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.is_floating_point()):
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(f"batch.{name}", given, "must be a tensor of whole numbers", "convert it")
     if wrong := tokens_BS[(tokens_BS < 0) | (tokens_BS >= vocabulary)].tolist():
         rule = f"must be token ids, 0 to {vocabulary - 1}"
         raise UserError("batch.tokens_BS", wrong[0], rule, "use this model's tokenizer")
