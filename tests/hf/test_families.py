@@ -22,7 +22,7 @@ from tests.small import train
 from train.checkpoint.stored_weights import load_hf_model
 from train.export.written_tensors import write_json
 from train.hf.config import check_recipe, read_model
-from train.hf.families import FAMILIES, REFUSED_MODELS, find_family
+from train.hf.families import FAMILIES, REFUSED_MODELS, read_fields
 from train.hf.folder import match, open_model
 from train.hf.tensor_names import tensors
 from train.model.count import count_parameters
@@ -230,7 +230,7 @@ def _recipe(model):
 def test_every_parameter_of_the_real_size_has_a_name(tmp_path, name):
     body, size = PUBLISHED[name]
     write_json(tmp_path / ("params.json" if "moe" in body else "config.json"), body)
-    model, family = read_model(tmp_path), find_family(tmp_path, "init_from")
+    model, family = read_model(tmp_path), read_fields(tmp_path, "init_from")[0]
     assert count_parameters(model).total == pytest.approx(size * 1e9, rel=0.01)
     names = [each.theirs for each in tensors(model, family.name)]
     assert len(set(names)) == len(names) and all(each.startswith(family.prefix) for each in names)

@@ -33,6 +33,7 @@ from train.checkpoint.stored_weights import load_hf_model
 from train.data.tokenizer import load_tokenizer
 from train.hf.config import read_model
 from train.hf.families import HARMLESS
+from train.hf.folder import open_model
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.loop.start import check_start, own_start
@@ -153,6 +154,15 @@ def test_the_published_file_of_glm_5_is_the_model_of_its_recipe(tmp_path):
     assert counts.active / 1e9 == pytest.approx(40, abs=2)
     layer = list(whole.layers.values())[3].attention.indexer
     assert sum(p.numel() for p in layer.parameters()) == 32 * 128 * 2048 + 128 * 6144 + 2 * 128 + 32 * 6144
+
+
+def test_the_form_of_the_indexers_rope_is_said_where_a_file_or_transformers_does_not_tell_it(tmp_path, capsys):
+    theirs_of("GLM-5").save_pretrained(tmp_path / "in")
+    assert any("lacks indexer_rope_interleave" in note for note in open_model(tmp_path / "in")[2])
+    model, ours, _ = load_hf_model(tmp_path / "in")
+    export_model(tmp_path, model, ours, family="deepseek_v32")
+    assert "transformers ignores indexer_rope_interleave and uses false" in capsys.readouterr().out
+    assert open_model(tmp_path / "out")[2] == [] and read_model(tmp_path / "out") == model
 
 
 WRONG = {

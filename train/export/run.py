@@ -46,7 +46,7 @@ from train.export.written_tensors import (
 from train.hf.adapter_folder import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, BASE_WEIGHTS, peft_config
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
-from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
+from train.hf.families import FAMILIES, INDEX_ROPE, PARAMS_FILE, FamilyFacts
 from train.hf.folder import ADAPTER_CONFIG, index_of
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import with_words_of, write_tokenizer
@@ -357,4 +357,8 @@ def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
     if model.resolved_latent_norm_eps != LATENT_NORM_EPS:
         yield (
             f"note: this model has eps {model.resolved_latent_norm_eps} in the norms of its latents, but transformers always uses {LATENT_NORM_EPS}, so its logits will differ"
+        )
+    if family.is_sparse and model.sparse.interleaved != family.interleaved:
+        yield (
+            f"note: this model has model.sparse.interleaved={str(model.sparse.interleaved).lower()}, but transformers ignores {INDEX_ROPE} and uses {str(family.interleaved).lower()} for {family.title}, so it will choose other keys"
         )

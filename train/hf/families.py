@@ -283,11 +283,6 @@ REFUSED_MODELS = {
 """Maps similar, unsupported architectures to the reason."""
 
 
-def find_family(folder: Path, field: str) -> FamilyFacts:
-    """Return the `FamilyFacts` of a folder. Raises UserError."""
-    return read_fields(folder, field)[0]
-
-
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
     """Return a folder's `FamilyFacts`, configuration file, and fields under DeepSeek's names. Raises UserError."""
     path = folder / CONFIG_FILE

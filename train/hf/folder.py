@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.files import read_json
 from conf.schema import Model, ModelFamily
 from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
-from train.hf.families import FAMILIES, find_family
+from train.hf.families import FAMILIES, INDEX_ROPE, read_fields
 from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 
 STEMS = tuple({facts.stem: None for facts in FAMILIES.values()})
@@ -92,7 +92,12 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
     config.json and in the weights, or are left out.
     """
     folder, model = open_folder(path, field), read_model(path, field)
-    folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
+    facts, _, body = read_fields(path, field)
+    folder, notes = _language_model(replace(folder, family=facts.name), text_only)
+    if facts.interleaved and INDEX_ROPE not in body:
+        notes.append(
+            f"{path}: its config.json lacks {INDEX_ROPE}: as in transformers, the RoPE of indexers rotates adjacent elements; if these weights need the other form, add the field with false"
+        )
     found = _count_mtp(folder, model.layers)
     if found == model.mtp_depth:
         return folder, model, notes
