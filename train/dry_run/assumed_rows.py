@@ -2,8 +2,8 @@
 
 balanced      All ranks receive equally many rows, and all experts of a rank do.
 skewed        This rank receives 1.5 times the mean, decreasing from its first to its last expert.
-a folder      Each expert receives its fraction of the rows in this folder's run, at the last step with loads. It is
-              a mean over layers.
+a folder      Each expert receives the same fraction of the rows as in this folder's run: the mean over layers, at the
+              last step with recorded loads.
 """
 
 from dataclasses import replace
@@ -34,7 +34,8 @@ def group_of(config: Config) -> Group:
 def load_of(config: Config, rank: int) -> Load:
     """Returns the assumed rows of each of this rank's experts (dry_run.routing).
 
-    Raises UserError if the folder has no matching loads, or if ep is 1 and routing is not balanced.
+    Raises UserError if the folder has no recorded loads or another number of experts. Also raises it if ep is 1 and
+    routing is not balanced.
     """
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":

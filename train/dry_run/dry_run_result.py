@@ -65,11 +65,11 @@ class Findings:
     """Bytes of weights, master weights, moments, and gradients after all passes. `rest`: the peak without the first
     three."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of an action, by kind. Measured: medians over steps."""
+    """Mean seconds of an action, by kind. The measured numbers are medians over steps."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]
-    """Seconds of a step and its phases. Measured: medians over steps."""
+    """Seconds of a step and its phases. The measured numbers are medians over steps."""
     skipped: int
     """Number of timed steps that did not update the weights."""
     unsaved: str

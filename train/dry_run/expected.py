@@ -1,7 +1,7 @@
 """Plans the seconds of a rank that runs alone, and corrects the job's planned step by measurements.
 
-Transfers of the rank alone take no time; those of the job use the real links. Two times of the job are multiplied by
-measured / planned of the rank alone:
+Transfers of the rank alone take no time; those of the job use the real links. The dry run measures two times of the
+rank alone. `plan_again` multiplies the same times of the job by the ratio measured / planned:
 
     actions     computing time of each kind of action, without transfers
     update      time of reduction and update, without transfers
@@ -46,20 +46,20 @@ class Times:
     """Planned times of a dry run and of the job."""
 
     job: StepTime | None
-    """The job's step on the job's hardware; None without rates."""
+    """Time of the job's step on the job's hardware; None without rates."""
     piece: ExpectedTimes | None
-    """The part that runs; None for rates of another device."""
+    """Times of the part of the job that the dry run runs; None if the rates are of another device."""
     whole: ExpectedTimes | None
-    """This rank alone, with all layers at full width.
+    """Times of this rank alone, with all layers at full width.
 
-    None: widths are divided, or the rates are of another device.
+    None if the dry run divides widths, or if the rates are of another device.
     """
     reason: str
     """Why `job`, `piece` or `whole` is None; else empty."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:
-    """Plan these times. Raises UserError if the calibration cannot be used."""
+    """Plan the times of a dry run and of the job. Raises UserError if the calibration cannot be used."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
         return Times(
@@ -106,7 +106,7 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """Returns the recipe with plan.imbalance for the load of this rank's experts."""
+    """Returns the recipe with plan.imbalance set to this rank's load: rows of its experts / mean rows of a rank."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

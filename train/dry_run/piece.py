@@ -2,7 +2,7 @@
 
 - On a GPU, layers are left out first. The remaining layers do the same work as in the job.
 - Otherwise, one number divides hidden width, heads, latents, FFNs, vocabulary and sequence length. On a CPU, it is the
-  smallest with which a step takes seconds.
+  smallest number with which a step takes only seconds.
 
 The number of experts, the layout and the schedule do not change.
 """
@@ -37,7 +37,7 @@ class DryRunPiece:
     """The recipe for this device, with widths divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Layers of every stage; for this rank, only those that run."""
+    """Layers of every stage of the job. The stages of this rank list only the layers that run."""
     load: Load
     shrink: int
     left_out: int
@@ -104,7 +104,10 @@ def for_device(config: Config, device: torch.device) -> Config:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes for a dry run; on a CPU, half of the available bytes."""
+    """Returns the bytes that a dry run may use.
+
+    On a GPU, these are the free bytes without the expected gaps between tensors; on a CPU, half of the free bytes.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - fragmentation(total)
@@ -112,7 +115,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """Returns the recipe with sizes divided by `factor`, above a minimum."""
+    """Returns the recipe with sizes divided by `factor`, down to a minimum for each size."""
     if factor == 1:
         return config
 
@@ -138,7 +141,7 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """Returns the rank with as many layers as fit; None if the fewest do not fit.
+    """Returns the rank with as many layers as fit; None if even the fewest possible layers do not fit.
 
     job: the recipe as given
     config: the recipe with divided widths

@@ -37,7 +37,7 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """Returns the device of a run. On a CPU, sets the calibration's number of threads."""
+    """Returns the device of a run. On a CPU, sets the number of threads that the calibration used."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

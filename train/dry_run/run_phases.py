@@ -1,6 +1,6 @@
 """Measures one rank's memory in all phases of a run: start, step, work outside of steps, and restarts.
 
-Each phase runs the code of a real run. A rank without the others saves each of its shards as a complete tensor.
+Each phase runs the code of a real run. A rank that runs alone saves each of its shards as a complete tensor.
 """
 
 import gc
@@ -52,7 +52,7 @@ class RunPhases(ExitStack):
         is_alone: bool,
     ):
         """folder: folder for the files of all ranks
-        build: function that builds the model; argument: whether weights will be loaded
+        build: function that builds the model; its argument says whether weights will be loaded
         is_alone: whether other ranks, or some layers of this rank, are absent
         """
         super().__init__()
@@ -72,7 +72,7 @@ class RunPhases(ExitStack):
         """Why no files were saved; empty if they were saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank, and measure this phase. fill: function that loads the weights"""
+        """Start the rank, and measure this phase. fill: function that loads the weights; None: initialise them"""
         with self.meter() as meter:
             # DeepSpeed's caches hold tensors of an earlier engine, which a real run does not have.
             before = meter.mark_both()
@@ -116,7 +116,7 @@ class RunPhases(ExitStack):
             self._nodes = []  # a new run (init_from) has no in-memory copies yet
 
     def _do(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor) -> Iterator[str]:
-        """Runs the phases, and yields the name of each afterwards."""
+        """Runs one phase after the other, and yields the name of each phase after it has run."""
         yield from self._save(state)
         for average in self._averages:
             average.ema.update()

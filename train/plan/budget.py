@@ -72,7 +72,7 @@ class Budget:
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
-        """Returns the budget of two runs together."""
+        """Returns the budget of two runs together. Cost and energy are None if one of the runs has no value."""
         tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh

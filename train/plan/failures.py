@@ -26,9 +26,9 @@ HOUR = 3600.0
 DETECTION = 600.0
 """Seconds to notice a failure and to replace the node (MegaScale, NSDI 2024, 6.3)."""
 RESCHEDULING, OF_A_NODE = 11.1, 0.003
-"""Seconds from diagnosis to first step: constant, and per node (bench/RESULTS.md)."""
+"""Seconds from the diagnosis to the first step: a constant, and the seconds that each node adds (bench/RESULTS.md)."""
 WARM_UP_STEPS = 2.0
-"""Extra time of a start's first steps, in normal steps; measured on a CPU."""
+"""Extra time of the first steps after a start, in units of a normal step; measured on a CPU."""
 FLAT = 0.005
 """Maximum loss of effective share at the advised checkpoint interval."""
 REPAIR = 5.5 * 24 * HOUR
@@ -101,7 +101,7 @@ class Failures:
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
-    """Returns the costs of failures; None on CPUs, or if plan.failures is 0."""
+    """Returns the costs of failures; None if plan.failures is 0 or hardware.rates lacks `host` (as on CPUs)."""
     host, layout, checkpoint = config.hardware.rates.get("host"), layout_of(config), config.checkpoint
     if host is None or not config.plan.failures:
         return None

@@ -97,7 +97,7 @@ def micro_batches_of(config: Config) -> int:
 
 
 STEADY = 4
-"""Number of rounds of micro-batches that contain the memory peak."""
+"""A step with this many rounds of micro-batches has the same memory peak as a longer step."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:

@@ -7,21 +7,21 @@
 
 NCCL (2.30, github.com/NVIDIA/nccl) allocates buffers per channel and connection:
 
-    inside a node    receives into 10 MiB, sends from 2 MiB (src/transport/p2p.cc)
-    between nodes    receives into 10 MiB, sends from 10 MiB
+    inside a node    10 MiB for receiving, 2 MiB for sending (src/transport/p2p.cc)
+    between nodes    10 MiB for receiving, 10 MiB for sending
 
-On a channel, a ring has one connection of each kind, and a tree up to three. Over more than two nodes, a group's
-buffers grow only with its channels (issue 864):
+On a channel, a ring has one connection of each kind, and a tree has up to three. In a group over more than two
+nodes, the buffers do not grow with the number of ranks, only with the number of channels (issue 864):
 
-    several ranks per node   16 channels between nodes (issue 1538). Measured: 0.69 GB on A100 with NVLink, 0.54 GB for
-                             two ranks (issue 964).
-    one rank per node        4 channels (issue 1189 reports 8 for two ranks per node).
-    sends and exchanges      In a node, up to 32 channels per pair of ranks, two per NVLink (src/graph/paths.cc).
+    several ranks per node   A group has 16 channels between nodes (issue 1538). Measured: 0.69 GB on A100 with NVLink,
+                             0.54 GB for a group of two ranks (issue 964).
+    one rank per node        A group has 4 channels (issue 1189 reports 8 for two ranks per node).
+    sends and exchanges      In a node, a pair of ranks has up to 32 channels, two per NVLink (src/graph/paths.cc).
                              Measured: 3.28 GB on eight H100 (issue 1685). Between nodes, all peers share two buffers of
                              2 MiB per channel (src/transport/net.cc).
 
-A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP's
-buffers are in conf/dispatches.py.
+In a group over several nodes, each rank divides its channels among its peers, in units of eight peers
+(ncclTopoComputeP2pChannels). The sizes of DeepEP's buffers are in conf/dispatches.py.
 """
 
 from functools import lru_cache
@@ -34,16 +34,16 @@ MIB = 2**20
 CONTEXT = 1_060_000_000
 """Bytes of a process on an H100 without tensors, before the first exchange (nccl issue 1685)."""
 COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
-"""Bytes of a communicator with several ranks per node, and with two ranks (nccl issue 964)."""
+"""Bytes of a communicator in two cases: several ranks per node, and a group of only two ranks (nccl issue 964)."""
 INSIDE, ACROSS = 12 * MIB, 20 * MIB
-"""Bytes of a connection's buffers for both directions: inside a node, and between nodes."""
+"""Bytes of the buffers of one connection, for sending and receiving: inside a node, and between nodes."""
 CHANNELS_ACROSS = 4
 """Number of channels of a group with one rank per node."""
 MOST_CHANNELS = 32
 LINK_RATE = 16.7e9
 """Bytes per second of an all-to-all over one of an H100's 18 NVLinks in one direction."""
 SHARED = 4 * MIB
-"""Bytes per channel that all peers over a network share."""
+"""Bytes per channel of the buffers that all peers on other nodes share."""
 PEERS_AT_ONCE = 8
 """Number of peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02

@@ -129,7 +129,7 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Run a call and record it as one kernel. count: its work, from result and arguments."""
+        """Run a call and record it as one kernel. count: returns the call's work, from its result and arguments"""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -414,8 +414,8 @@ def _fused_chosen(given: ChosenInput, products: int, up: int, gathers: int, weig
 
     products, up: as in `_over_chosen`
     gathers: number of reads of each gathered row
-    weights: number of reads and writes per head and chosen key
-    rows: bytes per element of a gradient row
+    weights: number of probabilities and score gradients that are read or written, per head and chosen key
+    rows: bytes moved per element of the gathered rows' gradients
     """
     (B, T, K), H, X, item = (
         given.chosen_BTK.shape,

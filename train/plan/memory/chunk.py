@@ -6,13 +6,14 @@ of
 
     own_i       tensors that part i keeps for its backward, besides its input
     x_i         input of part i, kept for backward; the pipeline stage also holds x_0 and x_n
-    sent_i      the offloaded part of own_i; it leaves the device when the next part that offloads ends, and returns
-                before the backward of part i
+    sent_i      the offloaded tensors among own_i; they leave the device when the next part that offloads ends, and
+                return before the backward of part i
     E           the embedding's output, if MTP modules need it; in the first chunk E is x_0
     dx_i, dE    gradients of x_i and E, while backward uses them
 
-While part i runs, the memory of all other parts is constant, and is added to the measured memory of part i. This
-includes x_i, x_i+1, dx_i and dx_i+1. The output of `end` is too small to count. The second input of `end` is E.
+While part i runs, the memory of all other parts is constant, and is added to the measured memory of part i. The
+measured memory includes x_i, x_i+1, dx_i and dx_i+1. The output of `end` is too small to count. The second input of
+`end` is E.
 """
 
 from collections import Counter
@@ -34,7 +35,8 @@ from train.plan.memory.part import (
 Parts = tuple[str, ...]
 """Names of a chunk's parts in order: embedding, dense, moe, end.
 
-Suffixes: backward recomputes moe_again. The FFN's activations of moe_away_ffn wait on the host.
+Suffixes say how a block saves memory. The block moe_again is recomputed in backward. The block moe_away_ffn has its
+FFN's activations on the host until backward.
 """
 
 
@@ -46,7 +48,7 @@ def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Memory of a chunk's passes in bytes, with x_0, x_n and gradients."""
+    """Memory of a chunk's passes in bytes, including the chunk's input, its output and the gradients of both."""
 
     scene: Scene
     parts: Parts
@@ -95,27 +97,30 @@ class ChunkMemory:
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """Offloaded bytes on the host: of all parts, and of the last part that offloads."""
+        """Host bytes of the offloaded tensors, as two numbers: of all parts, and of the last part that offloads."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
-        """Returns sent_j of the last part j before part i that offloads, or 0."""
+        """Returns the offloaded bytes of the last part before part i that offloads; 0 if no earlier part offloads."""
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
-        """Returns the device bytes of own_0 ... own_i-1 while part i runs."""
+        """Returns the device bytes, while part i runs, of the tensors that all earlier parts keep for backward."""
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """Returns the bytes of own_i by item."""
+        """Returns the bytes that a part keeps for its backward, by item, without the part's input."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept
 
     @cached_property
     def kept(self) -> Counter:
-        """Device bytes that the chunk keeps for backward, by item, without x_n and without a received x_0."""
+        """Device bytes that the chunk keeps for backward, by item.
+
+        The chunk's output is not included, and neither is an input that another rank sent.
+        """
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -126,7 +131,7 @@ class ChunkMemory:
 
     @property
     def _held(self) -> int:
-        """Bytes of x_0 ... x_n and E."""
+        """Bytes of all hidden states of the chunk (x_0 ... x_n) and of the embedding's output (E)."""
         count = len(self._names) + (not self.has_end) + (self._joins and not self._has_embedding)
         return count * self.hidden
 
@@ -136,7 +141,7 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Yields the parts in forward order, with live bytes outside of each measurement."""
+        """Yields the parts in forward order, each with the live bytes that the part's measurement does not include."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
@@ -146,12 +151,12 @@ class ChunkMemory:
 
     @property
     def _input(self) -> int:
-        """Bytes of x_0 if another rank sent it, else 0."""
+        """Bytes of the chunk's input if another rank sent it, else 0."""
         return 0 if self._has_embedding else self.hidden
 
     @cached_property
     def evaluation(self) -> int:
-        """Returns the peak bytes of a forward without gradients, including x_0."""
+        """Returns the peak bytes of a forward without gradients, including the chunk's input."""
         runs = [trace_evaluation(self.scene, name) for name in self.parts]
         first = runs[: 1 + self._has_embedding]
         return max(first + [run + self.hidden for run in runs[len(first) :]])
@@ -159,8 +164,8 @@ class ChunkMemory:
     def backward(self, first: bool, table_first: bool) -> PassMemory:
         """The complete backward pass.
 
-        first: whether it allocates the gradients of weights, which the result then includes
-        table_first: whether it allocates the embedding's gradient, which two chunks may share
+        first: whether this pass allocates the gradients of weights; if so, the result includes them
+        table_first: whether this pass allocates the embedding's gradient, which two chunks may share
         """
         start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
@@ -214,12 +219,12 @@ class ChunkMemory:
 
 
 def _lifted(run: PassMemory, below: int) -> PassMemory:
-    """Returns the pass with `below` more live bytes."""
+    """Returns a copy of the pass, with `below` bytes added to its live bytes."""
     return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Joins passes in sequence. Neighbouring sections of two passes become one."""
+    """Joins passes in sequence. The last section of a pass and the first of the next become one section."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

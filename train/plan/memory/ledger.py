@@ -36,7 +36,7 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Adds the dispatch method after the class body, where torch would wrap and slow it."""
+    """Adds the dispatch method to a finished class. In the class body, torch would wrap it and make it slower."""
     mode.__torch_dispatch__ = mode._count
     return mode
 
@@ -207,7 +207,7 @@ class MetaLedger(Ledger):
 
 
 _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
-"""Cached results: type, and each tensor's shape, stride and dtype; None: omitted output."""
+"""Cached results of operations: type, and each tensor's shape, stride and dtype. None stands for an omitted output."""
 
 
 @cache

@@ -100,7 +100,7 @@ def _last(rows_BTX: Tensor) -> Tensor:
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """Returns only the last rectangle, with at most four blocks of queries."""
+    """Returns only the last rectangle (queries by keys), cut to its last queries: at most four blocks of queries."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])

@@ -98,8 +98,8 @@ class Scene:
     compiled: bool
     """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
     cp: int = 1
-    """Number of ranks that share every sequence. The plan is for the rank with a sequence's first and last piece, which
-    has the most positions."""
+    """Number of ranks that share every sequence. The plan is for rank 0 of them, which has the first and the last piece
+    of a sequence. The last piece attends to the most keys."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
     """Whether FP8 copies of weights are made once per step and kept until the step ends. Only `trace_casts` counts
@@ -238,7 +238,9 @@ def _trace_casts(scene: Scene, part: str) -> int:
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
     """Returns a copy of the settings in which all settings that do not affect this part have fixed values.
-    Recomputation and offloading are among them, because the part's name contains both."""
+
+    In the copy, recomputation of layers and offloading follow from the part's name.
+    """
     model: Model = scene.model.section
     kind, away = kind_of(part), part.partition(AWAY)[2]
     recompute = [what for what in model.recompute if not what.startswith(f"{Recompute.layer}:")]
@@ -371,8 +373,8 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """Returns the embedding's output, as the last part reads it. With MTP modules, the output includes the tokens
-        after the rank's pieces of a sequence."""
+        """Returns the embedding's output for the MTP modules of the part `end`. It includes the tokens after the rank's
+        pieces of a sequence."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 

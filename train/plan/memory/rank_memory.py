@@ -310,8 +310,10 @@ def _moments(
     }
 
     def saves(group: Shards) -> int:
-        """Returns the number of elements that this rank saves in a checkpoint. Only the first of two ranks saves a
-        shared embedding."""
+        """Returns the number of elements that this rank saves in a checkpoint.
+
+        If two ranks have the embedding, only pipeline rank 0 saves it.
+        """
         whole = group.scattered if config.parallel.zero == 3 else group.partition
         return whole - sum(copy.get(weight, 0) for weight in group.weights)
 

@@ -51,7 +51,7 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """Returns a model part's weights (train/plan/memory/part.py), `end` without the embedding."""
+    """Returns a model part's weights (train/plan/memory/part.py). The part `end` does not include the embedding."""
     config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
@@ -84,7 +84,7 @@ def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """Returns the weights of a rank's chunks, the embedding once."""
+    """Returns the weights of a rank's chunks. An embedding that two chunks use is listed once."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table
@@ -144,6 +144,6 @@ def scratch_bytes(config: Config, group: Shards, elements: int, scene: Scene) ->
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Returns the bytes of this rank's optimizer state. owned: number of its elements in a group."""
+    """Returns the bytes of this rank's optimizer state. owned: returns its elements in a group."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -9,8 +9,8 @@ Between actions, these items are allocated besides the rank's permanent state:
     leaving     the last tensors that a forward copied to the host, until the next action ends
     away        the same tensors on the device again, one action before their backward (parallel/pipeline/host_store.py)
 
-torch's stage holds a chunk's input and output until the chunk's backward ends. On one rank, the first and the last
-stage share one embedding table and its gradient. gloo holds sent tensors until the step ends.
+torch's stage holds a chunk's input and output until the chunk's backward ends. If one rank has the first
+and the last stage, they share one embedding table and its gradient. gloo holds sent tensors until the step ends.
 """
 
 from collections import Counter, defaultdict
@@ -33,7 +33,7 @@ class MemoryPeak:
     items: Counter = field(default_factory=Counter)
     event: str = ""
     in_flight: int = 0
-    """Number of micro-batches that wait for backward, on all stages."""
+    """Number of micro-batches that wait for backward, on all stages of the rank."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class StagePlan:
     table: int
     """Bytes of the embedding's gradient; 0 without the embedding."""
     one_piece: bool = False
-    """Whether backward cannot be split: action I runs all of it."""
+    """Whether backward cannot be split. Action I then runs all of it, and action W does nothing."""
 
 
 class WalkDepth(IntEnum):
-    """Passes that a `ScheduleWalk` measures. With fewer, its peak is a lower bound."""
+    """Passes that a `ScheduleWalk` measures. With fewer passes, its peak is a lower bound."""
 
     forwards = 0
-    """Only forward passes. Between the halves of a split backward, all kept tensors count."""
+    """Only forward passes. After the first half of a split backward, all tensors that the forward kept still count."""
 
     settled = 1
     """All passes except those that allocate gradients."""
@@ -86,7 +86,7 @@ class ScheduleWalk:
         self._alive: dict[tuple[str, int, int], Counter] = {}
         """Bytes of live items by kind, stage and micro-batch. Items between two stages count for the later stage.
 
-        The Counters are never changed.
+        Code may replace a Counter in this dict, but must not change it, because `_peak` refers to it.
         """
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
@@ -96,10 +96,10 @@ class ScheduleWalk:
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
-        """Total bytes at the peak, bytes outside of passes, bytes of gradients, live items, action, and its
-        forwards."""
+        """The peak: its total bytes, bytes outside of passes, bytes of gradients, live items, the action, and the
+        number of forward passes in this action."""
         self._leaving: list[tuple[str, int, int]] = []
-        """Items that the last action added and the next removes."""
+        """Items that the last action added and that the next action removes."""
         self._host = 0
         self.host_peak = 0
         """Peak bytes of host memory."""
@@ -139,7 +139,7 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Before a backward, copies its first offloaded tensors from the host."""
+        """Before a backward, copies from the host the offloaded tensors that this backward needs first."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -281,7 +281,7 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """Returns the peak of one pass, or of two that alternate by section."""
+    """Returns the peak of one pass, or of two passes that alternate after each section."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]
     highest, turn = sum(now), 0

@@ -5,17 +5,18 @@ in fp32 and not yet sharded (parallel/zero/whole_weights.py). A group below is a
 
     fill       A gradient that fits is copied into the bucket, and its memory is freed.
     reduce     The slices of every group in the full bucket are joined in a copy, and summed over the group's ranks.
-    keep       bf16 weights: this rank's sums go into one flat shard per group, allocated when first needed. fp32
-               weights: each gradient with a slice of this rank is copied as a whole into one buffer.
-    update     The optimizer updates one group after the other, with scratch memory. fp32 weights: the shard's gradients
-               are first joined in one tensor.
+    keep       With bf16 weights, this rank's sums go into one flat shard per group, allocated when first needed. With
+               fp32 weights, each gradient with a slice of this rank is copied as a whole into one buffer.
+    update     The optimizer updates one group after the other, with scratch memory. With fp32 weights, the shard's
+               gradients are first joined in one tensor.
 
 Special cases:
 
-- bf16 weights, and a group that no other rank shares: gradients are neither copied nor reduced.
+- bf16 weights, and no other rank shares a group: the group's gradients are neither copied nor reduced.
 - Offload (ZeRO 1 and 2): the shard's gradients are copied to the host during the reduction. A complete gradient is
   freed once this rank's slices are copied. Scratch memory is on the host, and gradients are not joined.
-- bf16 weights, and a chunk that ends before another: its gradients are reduced first, into shards of all groups.
+- bf16 weights, and a chunk ends before another chunk: the ended chunk's gradients are reduced first. After this, the
+  shards of all groups are allocated.
 - This rank keeps no slice of a gradient: stage 2 frees it after its reduction, stage 1 after all reductions.
 
 All sizes are in bytes, unless a name says elements.
@@ -116,7 +117,8 @@ class StepEnd:
         """Returns the peak bytes of early reductions, of the final reduction, and of the update.
 
         ended: chunks whose gradients are reduced early, in order
-        Each early reduction has a peak and the bytes after it, relative to the bytes before it.
+        An early reduction has two numbers: its peak bytes, and the bytes after it. Both are relative to the bytes
+        before it.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))
@@ -186,7 +188,10 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the elements of each joined copy; 0 for a large slice, which is not copied."""
+        """Yields the number of elements of each copy that joins slices.
+
+        The number is 0 for a slice that is larger than the bucket, because it is not copied.
+        """
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),

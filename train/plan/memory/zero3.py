@@ -105,7 +105,7 @@ class Zero3Memory:
 
     @cached_property
     def _backward(self) -> tuple[list[Visit], WaitingGradients]:
-        """Executions of units in backward, and unreduced gradients at its end."""
+        """Executions of units in backward, and the gradients that are not yet reduced when backward ends."""
         scene, waiting = self._chunk.scene, NOTHING
         visits: tuple[Visit, ...] = ()
 
@@ -119,8 +119,9 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Gathered bytes at each execution of a unit: forward, then backward. In a warm-up of indexers, backward gathers
-        nothing.
+        """Gathered bytes at each execution of a unit: forward, then backward.
+
+        In a warm-up of indexers, backward gathers nothing.
         """
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)

@@ -8,8 +8,9 @@ DeepSpeed does two things (parallel/zero/private_names.py):
 
 After a visit, the unit's weights are freed, except those already gathered for a later visit.
 
-All weights of one gather share a buffer. The first wait for one of them copies all out of the buffer. The buffer is
-freed after a wait for each. A weight is not copied if it was gathered alone, or if only one rank has it.
+All weights of one gather share a buffer. At the first wait for one of these weights, DeepSpeed copies all of them out
+of the buffer. It frees the buffer when it has waited for every one of them. A weight is not copied if it was gathered
+alone, or if only one rank has it.
 
 DeepSpeed waits for a unit's weights in the order of a Python set. The simulation uses the order that needs the most
 memory. If another unit runs than the recorded one, DeepSpeed frees all weights in transfer.
@@ -60,7 +61,7 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """One weight. next_use: latest execution that it is gathered for."""
+    """One weight. next_use: index of the latest visit for which the weight is gathered."""
 
     shared: SharedWeight
     status: _Status = _Status.away
@@ -73,8 +74,8 @@ class _Weight:
 class _Gather:
     """One gather of several weights, which ends at the first wait for one of them.
 
-    waited: weights of the gather
-    copied: weights to copy out of the buffers
+    waited: weights of the gather; empty after it has ended
+    copied: weights to copy out of the buffers; empty after the gather has ended
     buffers: bytes of the buffers
     """
 
@@ -95,7 +96,7 @@ def follow_gathers(
 ) -> list[GatheredBytes]:
     """Returns the gathered bytes at every execution of a unit (visit).
 
-    visits: index in `units`, and whether the unit is finished afterwards
+    visits: for each visit, the unit's index in `units`, and whether the unit is finished after the visit
     """
     return _Coordinator(units, visits, limit).run(len(visits))
 
@@ -123,7 +124,7 @@ class _Coordinator:
         """Elements that DeepSpeed counts as gathered, without padding and buffers."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """Returns the gathered bytes at each execution before `end`."""
+        """Returns the gathered bytes at each visit (execution of a unit) before the visit with index `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
@@ -136,7 +137,10 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates a unit other than the recorded one. DeepSpeed frees the weights in transfer, and buffers last."""
+        """Simulates the execution of another unit than the recorded one. Returns the gathered bytes.
+
+        DeepSpeed first waits for all weights in transfer and frees them. It frees their buffers last.
+        """
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()

@@ -1,8 +1,9 @@
 """Runs the passes of a model part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
 
 Backward computes complete fp32 gradients in reverse module order. DeepSpeed copies those that fit into a bucket
-(parallel/zero/sharded_weights.py). It reduces the bucket when the next gradient does not fit, or has another group of
-ranks (dense or experts). Each rank adds its part of the sums to its shard's gradients.
+(parallel/zero/sharded_weights.py). It reduces the bucket when the next gradient does not fit, or must be summed over
+other ranks (dense weights and experts have different groups of ranks). Each rank adds its part of the sums to its
+shard's gradients.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ class Bucket:
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Returns a reduction's peak bytes: copies for gloo's sum and for scaling."""
+        """Returns the peak bytes of a reduction.
+
+        It allocates a copy in the order of the shards, and a copy for gloo's sum or for scaling.
+        """
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -68,7 +72,7 @@ class Visit(NamedTuple):
     peak: int
 
     def lifted(self, below: int) -> "Visit":
-        """Returns this execution with `below` more live bytes."""
+        """Returns a copy of this execution, with `below` bytes added to its live bytes."""
         return Visit(self.unit, self.start + below, self.peak + below)
 
 
@@ -96,7 +100,7 @@ def trace_unit_backward(
     """Returns a part's backward memory, the executions of its units, and the unreduced gradients.
 
     held: as in `trace_backward`
-    waiting: unreduced gradients at its start
+    waiting: gradients that are not yet reduced when this backward starts
     """
     with _UnitRun(scene, part, bucket, waiting) as run:
         run.forward()
@@ -105,7 +109,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """Runs a model part, records its units' starts, and fills the bucket."""
+    """Runs a model part, records when each unit starts, and adds gradients to the bucket."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
@@ -134,7 +138,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """Returns the executions of units in the last pass. whole: its memory."""
+        """Returns the executions of units in the last pass. whole: the memory of this pass"""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start

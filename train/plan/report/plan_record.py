@@ -128,7 +128,7 @@ OWN_CODE_PLANNED = {
 
 
 def own_code_words(config: Config) -> dict[str, str]:
-    """Returns how the plan counts the user's own code, by key."""
+    """Returns text about how the plan counts the user's own code, by configuration key."""
     return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 

@@ -59,7 +59,7 @@ class Frame:
 
     @property
     def layouts(self) -> int:
-        """Number of layouts; variants in the number of blocks count once."""
+        """Number of layouts. Layouts that differ only in the number of blocks count once."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
@@ -91,7 +91,7 @@ class Candidate:
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
-    """Yields all combinations for these devices. Some may break a rule."""
+    """Yields all sets of similar layouts for a number of devices. Some layouts may break a rule."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
     own = ActivationSaving(model.recompute, model.offload)
@@ -120,7 +120,7 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
     """Yields pairs of a schedule and a number of virtual stages.
 
-    With more than two virtual stages, at most two stages have no layers.
+    More than two virtual stages are only tried if at most two stages then have no layers.
     """
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
@@ -131,7 +131,7 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Returns the possible cp: up to the recipe's, or one rank per CONTEXT_TOKENS."""
+    """Returns the possible values of cp. The maximum is the recipe's cp or, if larger, one rank per CONTEXT_TOKENS."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 

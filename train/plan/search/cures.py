@@ -19,7 +19,7 @@ from train.plan.time.step_time import plan_time
 
 SHOWN_CURES = 3
 PAIRED = 5
-"""If no single change is enough, this many changes that save most memory are combined in pairs."""
+"""Number of changes that are combined in pairs if no single change is enough: those that save the most memory."""
 
 WORTH = 0.01
 """Minimum fraction of the step time that a change of stages must save."""
@@ -38,7 +38,10 @@ class Cure:
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Returns up to three changes, or pairs of them, that fit."""
+    """Returns up to three changes that make the plan fit, with the fewest device-seconds per step.
+
+    If no single change is enough, pairs of changes are tried.
+    """
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -56,7 +59,7 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 
 
 def find_beyond(plan: RunPlan) -> list[Cure]:
-    """Returns changes that fit and that no search tries: other settings, or up to twice the devices."""
+    """Returns changes that make the plan fit and that no search tries: other settings, or up to twice the devices."""
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
     more += [with_changes(plan.config, dp=dp) for dp in range(parallel.dp + 1, 2 * parallel.dp + 1)]
@@ -111,7 +114,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Returns the peak of the plan's fullest rank, a quick check."""
+    """Returns the peak bytes in this recipe of the rank that is fullest in the plan, as a quick check."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 

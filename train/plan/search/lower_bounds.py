@@ -3,8 +3,9 @@
     memory   each rank's weights, gradients, optimizer state, and least activations for backward
     time     the busiest rank's work, the schedule's idle time (by a formula), and the update
 
-All layouts of a `Frame` (candidates.py) have the same weights and update. The memory bound assumes that all blocks save
-activations. The time bound assumes no offloaded blocks, and the fewest recomputed blocks that may fit.
+All layouts of a `Frame` (candidates.py) have the same weights and update. The memory bound assumes that all blocks are
+recomputed or offloaded, if the layout allows it. The time bound assumes no offloaded blocks, and the fewest recomputed
+blocks that may fit.
 """
 
 from bisect import bisect_left
@@ -88,7 +89,7 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """Returns `_kept_bytes` of every rank. blocks: number per stage that recompute or offload."""
+        """Returns `_kept_bytes` of every rank. blocks: number of recomputed or offloaded blocks per stage"""
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -147,10 +148,10 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
     """Returns two lower bounds per rank on the number of micro-batches that wait for backward.
 
-    - Maximum over the step.
-    - Maximum while another micro-batch runs forward; negative: this never occurs.
+    - The first bounds the maximum over the step.
+    - The second bounds the maximum while another micro-batch runs forward. It is negative if this never occurs.
 
-    Of two overlapped micro-batches, only one counts, because the other does not have all activations in memory.
+    If two micro-batches overlap, only one counts, because the other does not have all activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -160,8 +161,9 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 def _pipeline_seconds(stages: Stages) -> float:
     """Returns a lower bound on the seconds of the pipeline: a rank's work, plus its idle time.
 
-    - Backward is not split: a rank idles for a forward and a backward of every earlier stage. The largest sum counts.
-    - Backward is split: the schedule's formula with the shortest action times of all stages.
+    - Backward is not split: a rank idles for a forward and a backward of every earlier stage. The rank with the largest
+      sum of work and idle time counts.
+    - Backward is split: the schedule's formula gives the idle time, from the shortest action times of all stages.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
@@ -180,14 +182,20 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Returns the seconds of a micro-batch's passes on these stages, overlapped or not."""
+    """Returns the seconds of a micro-batch's passes on these stages.
+
+    If the schedule overlaps passes, this is the overlapped time.
+    """
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Returns the mean seconds of a rank's two overlapped pairs."""
+    """Returns the mean seconds of two overlapped pairs of passes.
+
+    One pair has its forward on the rank's first stage and its backward on the second; the other pair is the reverse.
+    """
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 
@@ -218,7 +226,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """Returns the bytes per device that the host lacks, or at most 0."""
+    """Returns the bytes per device that the host lacks; 0 or less if the host has enough."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -241,7 +249,7 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
     """Returns a lower bound on the bytes of activations that a rank keeps for backward.
 
     light: number of a stage's first layers that keep only their input (recomputed or offloaded)
-    ids: stages of the rank; the one with the fewest bytes counts
+    ids: stages of the rank; the bound uses the stage with the fewest bytes
     flight: number of micro-batches that wait for backward
 
     Other layers keep both norms' inputs and attention's output. Experts keep their inputs and their SwiGLU's inputs.
@@ -264,9 +272,10 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Returns two maximum numbers of micro-batches between forward and backward, for each rank.
+    """Returns two maximum numbers of micro-batches that wait for backward, for each rank.
 
-    The first is for any time, the second for times with a forward. Only times after each stage's first backward count.
+    The first is the maximum over time, the second the maximum while a forward runs. Both leave out the time before all
+    stages of the rank have run their first backward.
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

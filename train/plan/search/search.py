@@ -71,7 +71,7 @@ class FoundLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of layouts that is not among the best."""
+    """A family of layouts that has no layout among the best, and the reason."""
 
     name: str
     reason: str
@@ -169,7 +169,7 @@ class _Miss(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """Plans a layout's memory completely. `lacking` is negative if it fits."""
+        """Plans a layout's memory completely. `lacking` is negative if the layout fits."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -195,7 +195,7 @@ class _Looked:
     missed: list["_Miss"] = field(default_factory=list)
     """Layouts that were tried and do not fit."""
     nearest: "_Miss | None" = None
-    """If no layout fits: the one with the fewest missing bytes."""
+    """If no layout of the family fits: the layout with the fewest missing bytes."""
     steps: list[float] = field(default_factory=list)
     """Step times, in seconds, of the layouts that fit."""
 
@@ -268,9 +268,9 @@ class _Finder:
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """Reduces a set of similar layouts to the recipe's schedule, dispatch and activation saving.
+        """Keeps only layouts with the recipe's schedule and dispatch, and with one of two activation savings.
 
-        Layouts that recompute whole layers stay, too. None if no layout is left.
+        These savings are the recipe's, and recomputation of whole layers. Returns None if no layout is left.
         """
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
@@ -283,7 +283,7 @@ class _Finder:
     def _bound(self, frame: Frame) -> None:
         """Add the frame's layouts that may fit to the family's `possible`.
 
-        Of the others, `lacking` gets the one with the fewest missing bytes.
+        Add the ruled-out layout with the fewest missing bytes to the family's `lacking`.
         """
         family = self._families[frame.family]
         if ways := self._ways(frame):
@@ -302,7 +302,7 @@ class _Finder:
     def _ways(self, frame: Frame) -> list[tuple[str, WireFormat]]:
         """Returns the allowed pairs of dispatch and wire format.
 
-        A rule that flat dispatch breaks, every dispatch breaks.
+        If the layout breaks a rule with flat dispatch, it breaks this rule with every dispatch.
         """
         flat, family = broken_layout(frame.config), self._families[frame.family]
         errors = {FLAT_DISPATCH: flat}
@@ -330,7 +330,7 @@ class _Finder:
             if self._needs_no_host(config):
                 continue
             lacking, what = self._look(one, config)
-            if lacking <= 0 and (blocks or not one.blocks):  # with 0 blocks, the layout equals one of another saving
+            if lacking <= 0 and (blocks or not one.blocks):  # with 0 blocks, another saving gives the same layout
                 fit = self._fit(one.family, config, -lacking, seconds)
                 best = sorted([*best, fit.step_seconds])[:wanted]
                 yield fit
@@ -367,7 +367,7 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """Returns the cached result of `_missed`. Several savings can give one recipe."""
+        """Returns the result of `_missed`, cached, because several activation savings can lead to the same recipe."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -475,7 +475,7 @@ def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
 
 
 def _near(config: Config, devices: int) -> str:
-    """Suggests the nearest numbers of devices for batch size and layers."""
+    """Suggests the nearest numbers of devices that suit the batch size and the number of layers."""
     longest = config.model.layers + 2
     shares = divisors(config.batch_size)
     able = {pp * dp for pp in range(1, longest + 1) for dp in shares}

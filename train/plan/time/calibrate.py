@@ -181,7 +181,8 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
     """Measures the part of a rank's step time that kernel rates do not explain.
 
-    Returns the rate of a launch, and factors on passes and update. Steps of both sizes have equally many launches.
+    Returns the rate of a launch, and factors on passes and update. The two timed steps differ in the size of their
+    micro-batches, but not in the number of launches.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
@@ -197,7 +198,7 @@ def _factors_together(
 ) -> dict[str, float]:
     """Returns the factors on kernel times while all ranks are active.
 
-    launch: rate with one active rank. It holds here, because each rank launches on its own core.
+    launch: rate of a launch, measured with one active rank. It does not change, because each rank has its own core.
     """
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}

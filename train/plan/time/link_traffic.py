@@ -11,7 +11,7 @@ from train.plan.time.update import count_weights, sharers, stage3_passes
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     """Returns the bytes that a device sends in a step, as a mean over pipeline ranks.
 
-    Keys: link (inside a node, across nodes, host), purpose.
+    The outer keys are kinds of links (inside a node, across nodes, host), the inner keys are purposes.
     """
     config, layout, parallel = stages.config, stages.layout, stages.config.parallel
     model, element, last = config.model, stages.element, len(stages.layers) - 1

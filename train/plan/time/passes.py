@@ -1,7 +1,8 @@
 """Computes the time of a pass over a stage's layers, alone or overlapped with another pass.
 
-A pass is a list of segments. Each computes, starts a transfer, computes more (the shared experts), and waits. In a pair
-of passes, the other pass runs during the wait (parallel/pipeline/overlap.py). Backward runs first.
+A pass is a list of segments. Each segment computes, starts a transfer, computes more (the shared experts), and waits.
+In a pair of overlapped passes, the other pass runs during the wait (parallel/pipeline/overlap.py). The pair starts with
+the backward.
 
 A device runs one transfer at a time. A transfer takes the fraction `taken` of the device (SMs or CPU cores) from
 computing.
@@ -55,7 +56,7 @@ class _Lane:
 
 
 def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of a forward and a backward that alternate. taken: as in `alone`."""
+    """Returns the time of a forward and a backward. Each runs while the other waits. taken: as in `alone`."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
     turn = 0
@@ -80,6 +81,9 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """Returns the end of a computation of `seconds` that starts at `now`. A transfer slows it until `link`."""
+    """Returns the end time of a computation.
+
+    It starts at `now`, and takes `seconds` without a transfer. Until the time `link`, a transfer slows it.
+    """
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -1,7 +1,7 @@
 """Computes the seconds of work, from the rates of a hardware description or a calibration.
 
-A kind of work without a rate uses the rate of its fallback, a more general kind. UserError is raised if that has no
-rate either.
+A kind of work without a rate uses the rate of its fallback, a more general kind. UserError is raised if the fallback
+has no rate either.
 """
 
 import math
@@ -37,15 +37,15 @@ WORK_KINDS = {
 Names of rates also have a number format, such as fprop_bf16.
 """
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds of work without a fallback. Kinds in no table fall back to `memory`."""
+"""Kinds of work without a fallback. Kinds that no table of this file lists fall back to `memory`."""
 HOST = ("host", "host_memory")
-"""Kinds of offloading work, without a fallback.
+"""Kinds of work that offloading causes. No other rate replaces a missing rate of these kinds.
 
 host: bytes copied between device and host
 host_memory: bytes that the host's processors read and write
 """
 HOST_LAUNCH = "host_launch"
-"""Kind of work for kernel launches: seconds of a host core."""
+"""Kind of work for kernel launches. Its rate is the seconds of a host core per launch."""
 LINKS = {
     "all_to_all_inside": "inside",
     "all_to_all_across": "across",
@@ -72,7 +72,10 @@ class JobInterval:
     jobs: int
     """Number of published jobs from which low and high were computed."""
     held: float
-    """Fraction of published jobs inside a range that was computed without the job's source."""
+    """Fraction of published jobs whose step time is in the expected range.
+
+    The range of each job is computed without the jobs from the same source.
+    """
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)
@@ -82,7 +85,7 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Expected ranges by kind of program. Sluice has no GPU timings; its range is from all programs."""
+"""Expected ranges by kind of program. Sluice has no GPU timings, so its range comes from jobs of all programs."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -107,7 +110,7 @@ class Rates:
     threads: int | None = None
     """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)
-    """INTERVALS; empty if these rates were not compared with published jobs."""
+    """Equal to INTERVALS; empty if these rates were not compared with published jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Cache of rates by kind."""
 
@@ -135,7 +138,7 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Returns the seconds of work in passes, including measured launches."""
+        """Returns the seconds of work in passes. They include the time of launches, if it was measured."""
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 

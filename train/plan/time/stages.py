@@ -29,7 +29,7 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""With at most this many micro-batches, the first backward counts separately, because it creates the gradient sums."""
+"""With at most this many micro-batches, the first backward has its own time, because it creates the gradient sums."""
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Stages:
     def balanced(self) -> list[int]:
         """Returns layers per stage that best balance the ranks' planned times."""
         model = self.config.model
-        # If only some layers are recomputed, the costs assume none.
+        # If only some layers are recomputed, the costs assume no recomputation.
         again = model.repeated_layers >= model.layers
         end = AGAIN if again and Recompute.layer in model.recompute else ""
         costs = [self._pair((block_of(model, index) + end,)) for index in range(model.layers)]
@@ -185,7 +185,7 @@ class Stages:
         return self._timed([(share, self._backward(part, way, first)) for first, share in shares.items() if share])
 
     def _end(self, way: str) -> PassTime:
-        """Returns the time of a pass through `end`, with MTP modules and ep above 1.
+        """Returns the time of a pass through the part `end`, for a model with MTP modules and ep above 1.
 
         It is the time at ep 1, but with this layout's MTP blocks. Tracing `end` for every layout would be slow.
         """
@@ -223,7 +223,7 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Returns the work times `share`. Work that a step does only once is spread over its micro-batches."""
+        """Returns the work multiplied by `share`. Work that a step does only once is spread over its micro-batches."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -232,7 +232,7 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Returns the seconds of work in a pass, with blocking transfers."""
+        """Returns the seconds of work in a pass, including transfers that block the pass."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
@@ -267,7 +267,7 @@ class Stages:
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
         """Returns the time of an action with copies to and from the host.
 
-        computed: time without copies, which overlap with it on a GPU
+        computed: time without copies. On a GPU, the copies overlap with the computation.
         """
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]

@@ -22,7 +22,7 @@ from train.plan.work_recorder import Work
 HOST_BINDS = 0.5
 """Fraction of the computing time above which kernel launches may limit the step.
 
-A published job with 0.52 took twice the planned time (Megatron-LM's guide for GB200).
+A published job with the fraction 0.52 took twice the planned time (Megatron-LM's guide for GB200).
 """
 
 
@@ -115,7 +115,7 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Longer steps are extrapolated from this many micro-batches per pipeline rank."""
+"""Longer steps are extrapolated from simulations with up to this many micro-batches per pipeline rank."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
@@ -178,7 +178,8 @@ def _transfer(stages: Stages) -> float:
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
     """Returns the slowest rank's update time, without reduction during passes.
 
-    simulated: `program`, `simulation` and `length` of `_hidden`. Without them, the result is a lower bound.
+    simulated: the arguments `program`, `simulation` and `length` of `_hidden`; without them, the result is a lower
+        bound
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):

@@ -25,7 +25,7 @@ class Spread:
     ranks: int
     """Number of ranks in the expert group."""
     copies: tuple[float, ...]
-    """Kernels' copies of rows besides the exchange; see `Messages` in conf/dispatches.py."""
+    """Number of rows per token that kernels copy in each hop of the exchange; see `Messages` in conf/dispatches.py."""
     arrivals: float
     """Rows that arrive at experts, per token of a rank."""
     row_bytes: int
@@ -87,7 +87,7 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
-    """Returns a token's expected numbers of nodes and of ranks with its experts, and its number of experts."""
+    """Returns, for one token, the expected number of nodes and of ranks with its experts, and top_k."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 

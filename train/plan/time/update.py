@@ -11,7 +11,7 @@ Special cases:
 - A chunk ends before another chunk of its rank: its gradients are reduced during passes (step_time.py).
 - ZeRO stage 3: gathers and reductions run in every micro-batch, so only the update counts here.
 - Orthogonalised matrices: the ranks send them to owners and back while they compute (parallel/owners.py). The longer
-  time counts.
+  one of both times counts, sending or computing.
 - Optimizer on the host: gradients are copied to the host, and rounded weights back. The host's memory bandwidth limits
   the update.
 """
@@ -37,7 +37,7 @@ from train.plan.work_recorder import Work
 DEVICE_PASSES = 20
 """Bytes per gradient element that a reduction reads and writes on the device."""
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of a shard: gradient norm, and clipping (stage 3)."""
+"""Bytes read or written per element of a shard: for the gradient norm, and for clipping (ZeRO stage 3)."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,10 @@ def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """Returns numbers of weights, of ranks that share them, and of these ranks per node.
+    """Returns two tuples, the first for dense weights, the second for experts.
 
-    The first tuple is for dense weights, the second for experts.
+    Each has the number of weights of a rank, the number of ranks with the same weights, and how many of these ranks are
+    on one node.
     """
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
@@ -234,7 +235,7 @@ def to_host(config: Config, rates: Rates, moved: float) -> float:
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Returns the seconds of a collective over rings. Between nodes, it takes at least as long as inside one.
+    """Returns the seconds of a collective over rings. Between nodes, it takes at least as long as inside one node.
 
     moved: bytes that each rank sends
     """
