@@ -30,7 +30,10 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Modules of names for custom training loops, outside train/api.py because they import torch."""
+"""Maps each name for custom training loops to its module.
+
+These modules import torch, so train/api.py does not import them.
+"""
 
 
 def __getattr__(name: str) -> Any:

@@ -164,7 +164,7 @@ def stage_layers(config: Config) -> list[range]:
 
 @cache
 def _split(costs: tuple[float, ...], last: float, placement: tuple[tuple[int, ...], ...]) -> tuple[range, ...]:
-    """Splits the layers by cost, cached because a planner repeats splits."""
+    """Splits the layers by cost. The result is cached, because the planner asks for the same splits many times."""
     return tuple(split_layers(costs, 0.0, last, placement))
 
 

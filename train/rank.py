@@ -177,7 +177,10 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Describe a failure by its first error. chain: the error and its causes."""
+    """Describe a failure by the error that occurred first.
+
+    chain: the last error, then its causes, back to the first error.
+    """
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)
     failure.headline = _first_line(first)

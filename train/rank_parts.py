@@ -32,7 +32,7 @@ class RankModel:
     chunks: "list[DeepSeekV3]"
     pipeline: "Pipeline[DeepSeekV3]"
     dispatcher: "ExchangeDispatcher | None"
-    """Sends tokens to other ranks' experts; None without them."""
+    """Sends tokens to experts on other ranks; None if this rank has all experts of its layers."""
     precision: "HighPrecision | Fp8Precision"
     share: "ContextParallel | None"
     """Exchanges parts of a sequence; None if sequences are complete."""

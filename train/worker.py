@@ -75,7 +75,10 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
-    """Train as one rank, explain errors, record communication. failures: None without a driver."""
+    """Train as one rank, explain errors, record communication.
+
+    failures: see train.rank.guarded; None without a driver.
+    """
     paths, driven = RunPaths(config), failures is not None
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs

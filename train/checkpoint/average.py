@@ -1,6 +1,6 @@
 """mode=average: writes a run folder with the mean weights of several checkpoints of any layouts.
 
-The folder has no optimizer state.
+The mean is computed in fp64 and written in the dtype of the sources. The folder has no optimizer state.
 """
 
 import math
@@ -29,7 +29,7 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time, in 2 GB of memory."""
+"""Maximum number of elements that are averaged at a time. Averaging them takes 2 GB of memory."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
@@ -161,7 +161,7 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
-    """Splits the elements of all tensors into parts. sizes: numbers of elements."""
+    """Splits the elements of all tensors into parts. sizes: number of elements of each tensor."""
     part: dict[str, tuple[int, int]] = {}
     room = AVERAGED_ELEMENTS
     for name, size in sorted(sizes.items()):

@@ -34,7 +34,7 @@ Below 1, because other ranks may already wait for this rank.
 GRACE = 0.1
 """Fraction of the timeout after which a given-up save counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum of the time that GRACE gives, in seconds."""
+"""Minimum, in seconds, of the time that GRACE allows a given-up save."""
 MOST_STUCK = 2
 """Maximum number of stuck saves, which occupy buffers."""
 
@@ -139,7 +139,10 @@ class Checkpointer:
         """Checkpoints that were the best so far when they were saved, oldest first."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Write the checkpoint of `step`, after the previous save. Returns the blocked time in seconds."""
+        """Write the checkpoint of `step`, after the previous save.
+
+        Returns the blocked time in seconds. meta: JSON values; the values of rank 0 are stored.
+        """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
         self._serial += 1  # also for a skipped save, because all ranks must use the same index
@@ -194,7 +197,7 @@ class Checkpointer:
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """Returns the maximum seconds of a save: for writing, votes and lock."""
+        """Returns the maximum seconds of a save: `timeout` each for the writing, the votes and the lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:

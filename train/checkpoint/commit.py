@@ -251,7 +251,7 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` until it is true. Returns False after the timeout, or if `vain` is true."""
+        """Call `ready` until it returns True. Returns False after the timeout, or as soon as `vain` returns True."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
             if time.monotonic() > deadline or vain():

@@ -63,7 +63,7 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields (first element, number of rows) of complete block rows that contain [first, stop)."""
+    """Yields (first element, number of rows) of the complete rows of blocks that cover the interval [first, stop)."""
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):
         low, high = max(first - matrix * size, 0), min(stop - matrix * size, size)

@@ -105,7 +105,7 @@ class Manifest:
     meta: Meta
     """Values besides tensors: samples, tokenizer, data, seed, config, ..."""
     files: dict[str, list[int]]
-    """Maps file names to [bytes], or for an index to [bytes, CRC-32]."""
+    """Maps each file name to [size in bytes]; the name of an index maps to [size in bytes, CRC-32]."""
     tensors: dict[str, Entry] = field(repr=False)
 
     @property

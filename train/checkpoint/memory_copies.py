@@ -97,7 +97,7 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Returns the name of the set to keep, or an empty text."""
+        """Returns the name of the set of copies to keep; empty if there is none."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -135,7 +135,7 @@ class MemoryCopies:
     def require_room(self, shards: dict[str, Shard]) -> str | None:
         """Check that the copies of all ranks fit into the memory of their nodes. Collective.
 
-        If they do not fit, raises UserError. For a run on fewer nodes, returns the reason instead.
+        If they do not fit, raises UserError. If the run continues on fewer nodes, returns the reason instead.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -176,7 +176,7 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Keep the loaded set until a newer set is complete."""
+        """Keep the loaded set of copies until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 

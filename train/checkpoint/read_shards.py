@@ -37,7 +37,10 @@ class NotCovered(ValueError):
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """Returns the first element in [start, stop) outside of all intervals, or None."""
+    """Returns the first element in [start, stop) outside of all intervals, or None.
+
+    intervals: pairs (start, count), sorted by start.
+    """
     reached = start
     for begin, count in intervals:
         if begin > reached:

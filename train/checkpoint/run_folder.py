@@ -169,7 +169,7 @@ def _holder(handle: int, path: Path) -> str:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver or a rank 0 may write to the run folder."""
+    """Whether a live driver or rank 0 holds a lock of the run folder, so that it can still write to the folder."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
             handle = open_plain(lock, os.O_RDONLY)
@@ -276,7 +276,7 @@ def _make(config: Config, root: Path) -> None:
 def _lock(path: Path, name: str) -> int:
     """Returns a handle that holds the lock. Raises a UserError that names another holder.
 
-    The lock file is never removed: two processes could then lock two files.
+    The lock file is never removed. If it were removed, two processes could lock two different files.
     """
     handle = open_lock(path)
     try:

@@ -103,7 +103,10 @@ class StagingBuffers:
         """Shards of the current save until they are completely copied."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Copy the shards. If `in_pieces` is true, `write` copies them."""
+        """Copy the shards into the buffers. Then the caller may change the shards.
+
+        If `in_pieces` is true, `write` copies them, and the caller may change them only after `write` returns.
+        """
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:

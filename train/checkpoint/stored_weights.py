@@ -73,7 +73,7 @@ class StoredLora:
     ):
         """read: returns an A or B in fp32. base: storage format of the base in training.
 
-        weights: fingerprint of the base in training, or None. other: error for another base.
+        weights: fingerprint of the base in training, or None. other: the error to raise for another base.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other

@@ -97,7 +97,7 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 # value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""PLACES: number of samples of a file. BYTES_OF_PLACE: bytes of a sample."""
+"""The fingerprint reads a file at PLACES positions. BYTES_OF_PLACE: number of bytes that it reads at each position."""
 SHAPING = ("rank", "targets", "base")
 """Adapter settings that determine parameter shapes and the base's format."""
 

@@ -74,7 +74,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two fingerprints agree where both are known."""
+    """Whether two fingerprints agree in all sums that both contain. A missing fingerprint agrees with every other."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 

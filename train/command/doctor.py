@@ -36,7 +36,7 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve",
 
 
 class DoctorLine(NamedTuple):
-    """One line of `sluice doctor`. stops: whether it prevents every run."""
+    """One line of `sluice doctor`. stops: whether this finding prevents every run."""
 
     label: str
     state: str
@@ -96,7 +96,7 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Returns the requirements, from the distribution or from pyproject.toml."""
+    """Returns the required packages: from the installed distribution's metadata, else from pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

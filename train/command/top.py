@@ -46,7 +46,7 @@ STATES = {
 }
 NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node lost": "yellow", "quiet": "yellow"}
 LEAST_RANGE = 0.2
-"""Minimum range of a heat map, as a share of the median."""
+"""Minimum difference between the ends of a colour scale, as a share of the median value."""
 MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
 LISTED_RANKS = LISTED_NEWS = 8
 
@@ -71,7 +71,7 @@ HEAD = {
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
 }
-"""Metrics in the top line, with formats; 0 is not shown."""
+"""Metrics in the top line, with their formats. A metric with the value 0 is not shown."""
 
 
 @reported
@@ -169,7 +169,7 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
 
 
 def _share(index: int, parts: int, count: int) -> range:
-    """Returns the items of one part, if `count` items make `parts` parts."""
+    """Divides `count` items into `parts` parts. Returns the items of the part `index`."""
     return range(index * count // parts, (index + 1) * count // parts)
 
 

@@ -30,7 +30,7 @@ WALL_TIME_EVERY = 10
 PACE_STEPS = 20
 """Number of newest records from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
-"""A run is quiet after QUIET_FACTOR step times and QUIET_LEAST seconds without a step."""
+"""A run is quiet if no step ended for QUIET_FACTOR step times or QUIET_LEAST seconds, whichever is longer."""
 
 
 def read_picture(folder: Path, name: str) -> dict[str, Any]:

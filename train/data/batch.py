@@ -16,15 +16,18 @@ class Batch:
     tokens_BS: Tensor
     """int64 (B, seq_len + 1): token ids. Inputs: [:, :-1]. Targets: [:, 1:]."""
     documents_BS: Tensor | None = None
-    """int32 (B, seq_len + 1): document or sample index in the sequence, from 0; -1 for padding. None: not separated."""
+    """int32 (B, seq_len + 1): document or sample index in the sequence, from 0; -1 for padding.
+
+    None: attention may cross documents.
+    """
     supervised_BS: Tensor | None = None
     """bool (B, seq_len + 1): whether a token is supervised (the loss includes its prediction). None: all tokens.
 
-    If it is set, nothing combines tokens of two samples.
+    If this field is set, no module, loss or count combines tokens of two samples.
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """fp32 tensors (B, seq_len + 1) for a token loss, by name. `weights`: loss factors. `temperatures`: logit
-    divisors."""
+    """fp32 tensors (B, seq_len + 1) for a token loss, by name. The value at a token's index is for the prediction of
+    this token. `weights`: loss factors. `temperatures`: logit divisors."""
     experts_BTLK: Tensor | None = None
     """int64 (B, seq_len, MoE layers of the main model, experts per token): replayed experts. None: the routers
     choose."""
@@ -70,7 +73,7 @@ BATCH_KINDS = {
 }
 """Dtypes that a caller may use for each field."""
 RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", "keys_BTLK", *BATCH_KINDS)
-"""Names that `tensors` must not contain: they are arguments of chunks."""
+"""Names that `tensors` must not contain: chunks already have arguments with these names."""
 
 
 def check_given_batch(batch: Batch, vocabulary: int) -> None:
@@ -137,7 +140,7 @@ class GivenSample:
     first: int
     """Index of the first learnt token, at least 1. All later tokens are learnt."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """Values for `Batch.tensors`: one number, or one per learnt token."""
+    """Values for `Batch.tensors`: one number for all learnt tokens, or a list with one number for each learnt token."""
     experts_TLK: Tensor | None = None
     """Experts that routers chose earlier, for all tokens except the last."""
     keys_TLK: Tensor | None = None

@@ -75,7 +75,7 @@ class RenderedChat:
     learnt: list[Span]
     """Learnt spans in order: (first character, end (exclusive))."""
     unthought: int = 0
-    """Number of learnt turns without reasoning, although the prompt opens a reasoning block."""
+    """Number of learnt turns that contain no reasoning, although the prompt opens a reasoning block."""
 
 
 class CannotRender(Exception):
@@ -207,7 +207,7 @@ class ChatTemplate:
         return after.partition(TURN_END)[0] if TURN_END in after else after.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
-        """Extends each turn to include its stop token, and appends a missing last one."""
+        """Extends each turn to include its stop token. If it is missing at the end of the text, appends it."""
         if self._written_stop():
             return text, turns
         for number, turn in turns.items():
@@ -295,7 +295,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether the text contains `content` at least as often as the chat."""
+        """Whether `content` occurs in the text at least as often as it is a message's content in the chat."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -385,8 +385,8 @@ class ChatTemplate:
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
         """Finds a turn if a probe character as content changes the text around the content.
 
-        The method renders the chat up to the end of this turn. Reasoning may be missing in the complete text. Then the
-        method searches for the turn without reasoning, from the previous turn's end `at` on.
+        The method renders the chat up to the end of this turn. If the complete text `plain` lacks the turn's reasoning,
+        the method searches for the turn without reasoning, from the previous turn's end `at` on.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -423,7 +423,10 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns the length of the common prefix, without the `<` of <think>."""
+    """Returns the length of the common prefix.
+
+    If the prefix ends inside <think> or </think>, the `<` is not counted.
+    """
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -431,7 +434,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields forms of a content, and whether they lack its reasoning."""
+    """Yields the forms in which a template may write a content, each with whether the form lacks the reasoning."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -539,7 +542,10 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids that end an answer, of template and tokenizer. Raises UserError."""
+    """Returns the ids of the tokens that end an answer, according to the tokenizer and the template.
+
+    Raises UserError.
+    """
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:

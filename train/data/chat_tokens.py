@@ -45,11 +45,11 @@ class TokenisedChats:
     unlearnt: int
     """Number of chats that were left out: they have no learnt token."""
     unthought: int
-    """Number of learnt turns without reasoning, although the prompt opens a reasoning block."""
+    """Number of learnt turns that contain no reasoning, although the prompt opens a reasoning block."""
 
 
 def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
-    """Returns the tokenizer of the tuned weights, and the chat template. Raises UserError."""
+    """Returns the tokenizer of the weights that the run tunes, and the chat template. Raises UserError."""
     choice = config.data.tokenizer or config.init_from
     if choice is None:
         rule = "chats need the tokenizer of the tuned model; no tokenizer can be trained on chats"

@@ -58,7 +58,7 @@ class Chat:
     """Whether the model learns each message; false if it is not the assistant's."""
 
     def without_old_reasoning(self) -> "Chat":
-        """Returns a copy without reasoning before the user's last message."""
+        """Returns a copy of the chat. In it, messages before the user's last message have no reasoning."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,

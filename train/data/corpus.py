@@ -54,7 +54,10 @@ class CorpusPart:
     train: Documents
     validation: Documents
     whole: Documents
-    """All documents. A single document is not cut in two here."""
+    """All documents of the source.
+
+    A single document is complete here, although training and validation each get a part of it.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Corpus:
     parts: list[CorpusPart]
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of contents, tokenizer, weights, and split into training and held-out."""
+    """Hash of the sources' contents and weights, the tokenizer, and the split into training and held-out documents."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
@@ -202,7 +205,7 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Removes documents with fewer than data.min_tokens tokens from each of `sides`."""
+        """Removes documents with fewer than data.min_tokens tokens. sides: training and held-out documents."""
         least = self.data.min_tokens
         if not least:
             return sides
@@ -306,7 +309,7 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """Returns the result of `ready` or, if it is None, of `make`. One process runs `make`."""
+        """Returns the result of `ready`. If this result is None, calls `make`, in one process at a time."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):

@@ -1,4 +1,4 @@
-"""Batches for training and validation. The index of its first sample selects a batch.
+"""Batches for training and validation. A batch is selected by the index of its first sample.
 
 S = seq_len + 1, B = sequences.
 """
@@ -122,7 +122,7 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
-        """Returns the number of sequences, fewer for a short held-out text."""
+        """Returns the number of sequences, which is smaller than requested if the held-out text is short."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:
@@ -134,7 +134,7 @@ class ValidationData:
         return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Bytes of text of this batch's targets; in chats, of learnt targets."""
+        """Returns the number of bytes of text in this batch's targets. For chats, only learnt targets count."""
         bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
         learnt_BT = batch.learnt_BT
         return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())

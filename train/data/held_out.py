@@ -83,7 +83,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """Returns the first documents, with `limit` characters of training documents."""
+    """Returns documents from the start on, until their training documents have `limit` characters together."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

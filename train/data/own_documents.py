@@ -42,7 +42,7 @@ class StreamMark:
     skip: int = 0
     """Tokens before the sample's first token in this document."""
     pass_samples: int = 0
-    """Samples in the first pass; 0 until the pass has ended."""
+    """Number of samples in the first pass over the source; 0 until this pass has ended."""
     state: str | None = None
     """The source's state_dict before this document, as JSON, or None."""
 

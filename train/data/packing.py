@@ -49,7 +49,7 @@ class Documents:
 class _Epoch:
     order_D: np.ndarray
     ends_D: np.ndarray
-    """End of each document, in the epoch's order, in tokens."""
+    """Number of tokens up to the end of each document, in the epoch's order."""
 
 
 class Stream:
@@ -72,7 +72,7 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Mean tokens of an epoch, which may have three more or fewer."""
+        """Mean number of tokens in an epoch. A single epoch may have three tokens more or fewer."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
@@ -157,7 +157,7 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """FIM documents among the first `place` documents (int or int64 array)."""
+        """Returns the number of FIM documents among the first `place` documents. place: int or int64 array."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
@@ -177,7 +177,7 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        before: maps an epoch to its first position. tokens: tokens per position.
+        before: maps an epoch to its first position. tokens: number of tokens between two positions.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:

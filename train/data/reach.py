@@ -18,7 +18,10 @@ def hub() -> str:
 
 @cache
 def offline_reason() -> str | None:
-    """Returns why the Hub is unreachable, or None. Then its libraries use only caches."""
+    """Returns why the Hub is unreachable; None if it is reachable.
+
+    While it is unreachable, the Hub's libraries use only caches.
+    """
     wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
         "1",
         "ON",

@@ -139,7 +139,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 
 def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
-    """Yields the lines of the file, decompressed by its suffix."""
+    """Yields the lines of the file. The suffix of its name decides how the file is decompressed."""
     with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):
             stream = io.BufferedReader(_Zstandard(raw), READ_BYTES)

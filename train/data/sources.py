@@ -67,13 +67,13 @@ class DocumentSource(Protocol):
         """Notes for the user, available after the documents were read."""
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Returns the hash of the content and of its settings."""
+        """Returns the hash of the source's content and settings."""
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yields stable id and text of every document with text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Yields documents whose first `limit` bytes sample the whole source."""
+        """Yields documents. The first ones, about `limit` bytes together, are a sample of the whole source."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ class FileSource:
     way: str
     """Settings of the reader (format and text key), for the digest."""
     binary: set[str] = field(default_factory=set)
-    """Binary files that were left out, complete after reading all files."""
+    """Names of the binary files that were left out. The set is complete when all files have been read."""
 
     @property
     def size(self) -> int:
@@ -164,7 +164,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a chat source. way: text of other settings."""
+    """Find the files of a chat source. way: other settings, as text for the hash."""
     if source.path.startswith("hf://"):
         rule, cure = (
             "is on the Hugging Face Hub, and chats must be files",
@@ -192,7 +192,7 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """Returns a record's chat as text, without key order and nulls."""
+    """Returns a record's chat as JSON text, with sorted keys and without nulls."""
     return json.dumps(
         without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )
@@ -334,7 +334,7 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
-"""Nanoseconds. The hash of a file that changed so recently is not stored."""
+"""The hash of a file is not stored if the file changed less than this number of nanoseconds ago."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
@@ -422,7 +422,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 
 
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
-    """Returns a file's hash. progress: called with bytes read, from `done` on."""
+    """Returns a file's hash. progress: called with the number of bytes read. done: number of bytes read before."""
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:

@@ -88,7 +88,7 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Maps the source to its number of passes; 0 in the first pass."""
+        """Maps the source to the number of passes over it, as a fraction; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:

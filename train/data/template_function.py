@@ -77,7 +77,10 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """Returns the function or template of `data`, else the folder's. Raises UserError."""
+    """Returns the chat template or function that `data` names.
+
+    If it names none, returns the folder's template. Raises UserError.
+    """
     if not data.template_function:
         return load_template(data.template, folder, tokenizer, data.template_keys)
     made = FunctionTemplate(data.template_function, tokenizer.eos)

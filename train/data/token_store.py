@@ -168,7 +168,10 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Estimates the bytes of all tokens. more: bytes not yet counted."""
+        """Estimates the bytes that all tokens will need on disk.
+
+        more: bytes of tokens that `tokens` does not count yet.
+        """
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -285,7 +288,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
 
 
 def _read_mark(path: Path) -> list | None:
-    """Returns the result of the last check, or None."""
+    """Returns the stored result of the last checksum comparison; None if there is none."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -25,7 +25,7 @@ class TokenisedSource:
     ids_N: np.ndarray
     """Tokens of all documents, concatenated (uint32)."""
     lengths_D: np.ndarray
-    """Tokens of each document; 0 if the normaliser removes all text."""
+    """Number of tokens in each document; 0 if the normaliser removes all its text."""
     hashes_D: np.ndarray
     """Hashes of the documents' stable ids (uint64)."""
     text_bytes: int

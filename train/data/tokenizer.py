@@ -74,7 +74,12 @@ class Tokenizer:
         name: str = TOKENIZER_FILE,
         files: Mapping[str, str] | None = None,
     ):
-        """eos: the end-of-document token; None: a usual name. name: for errors. files: texts of other files."""
+        """Use the tokenizer in a tokenizer.json.
+
+        - eos: name of the end-of-document token; None: the first of EOS_NAMES that the vocabulary has.
+        - name: name of the file in errors.
+        - files: texts of other files in the folder, by file name.
+        """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
         """Hash of the file's content, which must match when resuming."""
@@ -111,7 +116,10 @@ class Tokenizer:
         """Whether a text may be encoded in parts (`in_parts`)."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and its other files; without settings, also the name of eos."""
+        """Write tokenizer.json and the tokenizer's other files.
+
+        If there is no settings file, write one with the name of eos.
+        """
         for name, text in {TOKENIZER_SETTINGS_FILE: json.dumps({"eos_token": self.eos}), **self.files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
             atomic_write_text(folder / name, text)
@@ -311,7 +319,8 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 def _is_between_words(text: str, at: int) -> bool:
     """Whether the tokens stay the same if the text is cut before this space.
 
-    True for the only space between two words, and for the last of several before a word of letters (not kanji or kana).
+    True for a single space between two words. Where there are several spaces, True for the last one before a word of
+    letters (not kanji or kana).
     """
     before, after = text[at - 1], text[at + 1]
     return after.isalnum() if before.isalnum() else before.isspace() and after.isalpha() and ord(after) < 0x3040

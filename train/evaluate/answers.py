@@ -32,7 +32,10 @@ SHOWN_QUESTIONS = 5
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A held-out chat before its last learnt turn, and this turn as the true answer."""
+    """A question and its true answer.
+
+    The answer is the last learnt turn of a held-out chat. The question is the chat before this turn.
+    """
 
     prompt: list[int]
     answer: list[int]

@@ -65,7 +65,7 @@ from train.model.sequence import Positions
 RANGES = 6
 """Maximum number of ranges of positions."""
 SHORTEST = 32
-"""Minimum number of positions in one of several ranges."""
+"""Minimum number of positions in a range, unless the sequence has only one range."""
 
 
 def position_ranges(seq_len: int) -> list[range]:
@@ -140,7 +140,7 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""Requested number of sequences for a complete source."""
+"""A number of sequences that requests a complete source."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _line(row: dict[str, Any], words: str) -> str:
 
 
 def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
-    """Returns two lines, position ranges and losses; none for one range."""
+    """Returns a line with position ranges and a line with their losses. Returns no lines if there is only one range."""
     if len(ranges) <= 1:
         return []
     titles = (f"{each['first']}-{each['last']}" for each in ranges)

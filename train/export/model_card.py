@@ -45,7 +45,10 @@ def _head(family: ModelFamily) -> dict[str, Any]:
 
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
-    """Returns the card. notes: differences in transformers. length: maximum tokens of a sequence."""
+    """Returns the card.
+
+    notes: sentences about what transformers computes differently. length: maximum number of tokens in a sequence.
+    """
     counts, step = count_parameters(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"

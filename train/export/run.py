@@ -160,7 +160,7 @@ def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
 
 
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
-    """Raise UserError if this family does not fit. alone: only an adapter is exported."""
+    """Raise UserError if the model cannot be exported in this family. alone: whether only the adapter is exported."""
     facts, model = FAMILIES[family], config.model
     is_sparse = model.sparse.heads > 0
     fitting = [row.name for row in FAMILIES.values() if (row.scores, row.is_sparse) == (model.scores, is_sparse)]
@@ -253,7 +253,7 @@ def _write_weights(
     progress: ReportProgress,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write every weights file, a few rows at a time. metadata: for their headers."""
+    """Write every weights file, a few rows at a time. metadata: added to the files' headers."""
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         outs = [out for written in file.written for out in written.outs]
@@ -344,7 +344,7 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
-    """Yields notes about differences in transformers, and missing parts."""
+    """Yields notes about what transformers computes differently, and about parts that the export lacks."""
     if family.others:
         yield (
             f"note: this is only the language model of {family.title}: {' and '.join(f'{part}*' for part in family.others)} and their "

@@ -40,7 +40,7 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file in pieces. The context asserts that it is complete."""
+    """Writes one safetensors file in pieces. At its end, the context asserts that the file is complete."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
@@ -104,7 +104,7 @@ class PlannedFile:
 def plan_files(
     placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
 ) -> list[PlannedFile]:
-    """Distributes the tensors, in order, over files of at most shard_bytes or of one tensor."""
+    """Distributes the tensors, in order, over files of at most shard_bytes. A larger tensor gets its own file."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:

@@ -37,7 +37,7 @@ def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Slots:
-    """Cache columns of the next tokens, and columns that these attend to."""
+    """Cache columns of the next tokens, and the columns that the next tokens attend to."""
 
     first: int
     end: int
@@ -52,7 +52,7 @@ class Slots:
         return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
-        """Return a mask of the columns that `queries` attend to; None: all."""
+        """Return a mask of the columns that `queries` attend to; None if they attend to all columns."""
         chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)

@@ -138,7 +138,7 @@ def converse(conversation: Conversation) -> None:
 
 
 def answer_each_line(conversation: Conversation, lines: Iterator[str]) -> None:
-    """Answer each non-empty line until /quit, below the question."""
+    """Answer each non-empty line until /quit. Each question is printed above its answer."""
     for line in lines:
         if (question := line.strip()) == QUIT:
             return

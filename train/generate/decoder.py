@@ -39,7 +39,7 @@ class Decoder:
     """A complete model in eval mode that computes with a cache.
 
     The weights must not change, because the decoder has copies of some. seq_len: sequence length in training, which
-    decides about YaRN.
+    decides whether RoPE uses YaRN.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
@@ -97,7 +97,10 @@ class Decoder:
         slots: Slots,
         table: Tensor,
     ) -> None:
-        """Choose the attended columns until the next layer with an indexer."""
+        """Choose the columns that this layer attends to.
+
+        Later layers use them too, up to the next layer with an indexer.
+        """
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
@@ -144,14 +147,14 @@ class KeyTap:
 
     def __init__(self, decoder: Decoder):
         self.given_TLK: Tensor | None = None
-        """Key positions for the next forward pass; None: the indexers choose."""
+        """Key positions for the next forward pass, int32, padded with -1; None: the indexers choose."""
         self.chosen: list[Tensor] = []
         self.shape = indexer_layers(decoder.config), decoder.config.sparse.top_k
         """Number of layers with an indexer, and keys per token."""
         decoder.key_tap = self
 
     def take(self) -> list | None:
-        """Return the last key positions, or None for at most top_k tokens."""
+        """Return the key positions of the last forward pass; None if the text has at most top_k tokens."""
         chosen, self.chosen = self.chosen, []
         if not chosen:
             return None

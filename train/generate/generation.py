@@ -122,7 +122,7 @@ class Generation:
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """Generated texts with log-probabilities, complete after the end. Requires a tap."""
+        """Generated texts with log-probabilities. They are complete when the generation has ended. Requires `tap`."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -157,7 +157,7 @@ class Generation:
         return next_B
 
     def _record(self, tokens_B: Tensor, logits_BV: Tensor, p_BV: Tensor, length: int) -> None:
-        """Record tokens for `drawn`. length: positions, including left padding."""
+        """Record tokens for `drawn`. length: number of positions in a row, including left padding."""
         if self._tap is None:
             return
         tokens_B1 = tokens_B.unsqueeze(1)

@@ -18,7 +18,7 @@ class Sampler:
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Tokens are drawn from the smallest set with this probability."""
+    """Tokens are drawn from the smallest set of tokens whose total probability is at least this value."""
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the log-softmax before the top-p cut; 0 at temperature 0."""

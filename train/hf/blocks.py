@@ -94,5 +94,8 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return fp32 values `places` positions after each scale. Scales must be positive."""
+    """Return, for each scale, the fp32 value that is `places` fp32 values above the scale.
+
+    If `places` is negative, the value is below the scale. Scales must be positive.
+    """
     return (scale_N.view(torch.int32) + places).view(torch.float32)

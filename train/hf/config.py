@@ -38,7 +38,7 @@ SCALE_BLOCK = 128
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""Number of best expert scores in a group's score, fixed in transformers."""
+"""A group's score is the sum of this number of its highest expert scores. The number is fixed in transformers."""
 LATENT_NORM_EPS = 1e-6
 """transformers' fixed eps in the norms of latents."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")

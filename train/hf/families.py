@@ -60,7 +60,7 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields that tell which layers are `full` or `shared`."""
+"""Fields that tell which layers have an indexer (`full`), and which use keys of an earlier layer (`shared`)."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
 """Fields with one allowed value that only transformers would apply."""
 READ_APART = (
@@ -137,7 +137,7 @@ QUANTISED = {
     "expert_dtype": "every tensor has its own dtype",
     "dequantize": "Sluice always dequantises weights",
 }
-"""Maps fields of quantization_config to required values, or to why they are harmless."""
+"""Maps each field of quantization_config to its required value, or to the reason why any value is harmless."""
 ROPE_NUMBERS = {
     "factor",
     "original_max_position_embeddings",
@@ -176,7 +176,7 @@ class FamilyFacts:
     others: tuple[str, ...] = ()
     """Prefixes of tensors outside of the language model, such as vision encoders."""
     dense_unsaid: int | None = None
-    """Dense layers that transformers assumes without mlp_layer_types; None: it ignores the field."""
+    """Number of dense layers that transformers assumes if mlp_layer_types is missing; None: it ignores this field."""
     loader: str = "AutoModelForCausalLM"
     """transformers class that loads an export; empty without one."""
     config_file: str = CONFIG_FILE

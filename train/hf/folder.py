@@ -88,8 +88,8 @@ def is_hf_folder(folder: Path) -> bool:
 def open_model(path: Path, field: str = "init_from", text_only: bool = False) -> tuple[Folder, Model, list[str]]:
     """Return the headers of a folder with external weights, its model, and notes for the user. Raises UserError.
 
-    text_only: leave out tensors outside of the language model; otherwise they are an error. MTP modules must be both in
-    config.json and in the weights, or are left out.
+    text_only: leave out tensors outside of the language model; otherwise they are an error. MTP modules are left out
+    unless both config.json and the weights have them.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     facts, _, body = read_fields(path, field)
@@ -241,7 +241,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
 
 
 def _check_scales(folder: Folder) -> None:
-    """Raise UserError unless FP8 weights and scales of the right shape correspond."""
+    """Raise UserError unless every FP8 weight has scales of the right shape, and all scales belong to an FP8 weight."""
     stored = folder.stored
     for name, tensor in stored.items():
         if name.endswith(SCALE):

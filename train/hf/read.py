@@ -31,7 +31,7 @@ class ShardPart:
     start: int
     """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """Slice of the shard's memory. An MTP module's copy is only compared with it."""
+    """Slice of the shard's memory that gets the part. An MTP module's copy is only compared with this slice."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
@@ -59,7 +59,7 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
 
 
 def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[str, Shard]], int]:
-    """Return a `fill_from_folder` that is fast for a few shards per call."""
+    """Return a function that fills shards like `fill_from_folder`, and is fast for a few shards per call."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)

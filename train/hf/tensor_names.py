@@ -1,8 +1,9 @@
 """Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
-The two layouts differ in names and in stacking, not in values. Sluice stacks the gate and the up projection in one
-tensor, and also the matrices of all experts. So each Hugging Face tensor is one interval of one of our flattened
-tensors. In a folder, MTP module k is the layer with index `layers` + k. It has copies of the embedding and the head.
+The two layouts differ in names and in stacking, not in values. RoPE rotates adjacent elements in both. Sluice stacks
+the gate and the up projection in one tensor, and also the matrices of all experts. So each Hugging Face tensor is one
+interval of one of our flattened tensors. In a folder, MTP module k is the layer with index `layers` + k. It has copies
+of the embedding and the head.
 
 Our names are `master.PARAMETER` for weights, and `bias.BLOCK` for balance biases, as in a checkpoint.
 

@@ -1,4 +1,4 @@
-"""Checks a Hugging Face folder's tokenizer, and writes that of an export. No torch."""
+"""Checks the tokenizer of a Hugging Face folder, and writes the tokenizer of an export. No torch."""
 
 import json
 from pathlib import Path

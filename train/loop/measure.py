@@ -42,7 +42,7 @@ class MeasuredStep:
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """How the run must stop; a checkpoint on disk has priority."""
+    """How the run must stop. If ranks were asked to stop in different ways, a checkpoint on disk has priority."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
@@ -64,7 +64,7 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean number of micro-batches per data-parallel rank, which divides losses."""
+        """Losses are divided by this number: the mean number of micro-batches per data-parallel rank."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""

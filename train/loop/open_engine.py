@@ -25,7 +25,8 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
     """Returns the engine of this rank. Collective over all ranks. Raises UserError.
 
     torchrun's variables RANK and WORLD_SIZE determine the rank. Without them, the process is the only rank. The weights
-    come from `resume` if it names a checkpoint, else from `init_from`, else from the seed.
+    come from `resume` if it names a checkpoint, else from `init_from`, else from the seed. All engines of a
+    process must have the same number of ranks.
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:

@@ -48,7 +48,7 @@ class StartingPoint(NamedTuple):
 
     @property
     def has_weights(self) -> bool:
-        """Whether `restore` fills all weights (or raises an error)."""
+        """Whether `restore` fills all weights, unless it raises an error."""
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
@@ -70,7 +70,7 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 
 
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
-    """Search the disk on rank 0. skip: damaged checkpoints."""
+    """Search the disk on rank 0. skip: damaged checkpoints, which are not considered."""
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
     return StartingPoint(None, None if found.path is None else str(found.path), [*notes, *passed])
@@ -162,7 +162,7 @@ def load_state(
 ) -> str | None:
     """Fill the state by calling `load` on all ranks. Returns the first problem of any rank, or None.
 
-    optimizer: this run's optimizer; the state of another one starts from zero.
+    optimizer: this run's optimizer. If another optimizer wrote the state, the optimizer's state starts from zero.
     """
     problem = None
     own = written_by(meta) == optimizer

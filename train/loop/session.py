@@ -280,7 +280,10 @@ def _kill(driver: subprocess.Popen) -> None:
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """Returns copies of a batch's tensors by name: safetensors refuses shared memory."""
+    """Returns copies of a batch's tensors by name.
+
+    Copies are needed, because safetensors refuses tensors that share memory.
+    """
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
     return {

@@ -47,7 +47,10 @@ class SessionRank:
     """Executes the calls of a session on one rank."""
 
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
-        """link: connection to the controlling process, only on rank 0. group: with a long timeout."""
+        """link: connection to the controlling process, only on rank 0.
+
+        group: process group of all ranks, with a long timeout.
+        """
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
         self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], SessionAnswer]] = {

@@ -42,12 +42,12 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """Returns the recipe's model, without indexers for dense attention."""
+    """Returns the recipe's model. It has no indexers if the folder's family has dense attention."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """Returns a `fill` that draws the weights of missing indexers."""
+    """Returns a function that fills shards like `fill`, and draws the weights of indexers that the source lacks."""
     from train.model.init import draw_indexer  # this imports torch
 
     def fill_all(wanted: "dict[str, Shard]") -> None:

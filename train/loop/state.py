@@ -38,7 +38,7 @@ class RunState:
     """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: checkpoints contain the state of those with `shards`."""
+        """hooks: the hooks of the run. Checkpoints contain the state of each hook that has a method `shards`."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
         """Whether this run uses compiled matmuls on a CPU; None: not chosen."""
@@ -70,7 +70,10 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state, without replicas."""
+        """Returns the shards that this rank writes to a checkpoint.
+
+        Each element of the state is in one rank's shards only.
+        """
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -111,7 +114,7 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns this rank's shards of base and balance biases, without replicas."""
+        """Returns this rank's shards of the base and the balance biases. Each element is in one rank's shards only."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
@@ -167,7 +170,7 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """Returns `more`, the shards of a hook. Raises UserError for names that are in use."""
+    """Returns `more`, the shards of a hook. Raises UserError if `shards` already contains one of their names."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

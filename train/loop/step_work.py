@@ -27,7 +27,7 @@ class StepWork:
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Reset the counters, which may include a validation."""
+        """Reset the dispatcher's counters, because they may include the work of a validation."""
         if self._counters is not None:
             self._counters.take()
 
@@ -36,7 +36,7 @@ class StepWork:
         return list(self._read().values())
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the metrics by name. sums: of `collect` over all ranks."""
+        """Returns the metrics by name. sums: the values of `collect`, summed over all ranks."""
         values = dict(zip(self._names, sums, strict=True))
         return {name: int(value) if name in _BYTES else value for name, value in values.items()}
 

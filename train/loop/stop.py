@@ -28,7 +28,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether this attempt has completed a step. Before, signals end it at once."""
+        """Whether this attempt has completed a step.
+
+        Before the first step is complete, a signal ends the attempt at once.
+        """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}
 

@@ -55,11 +55,11 @@ if TYPE_CHECKING:
     from train.loop.live_model import LiveModel
 
 TERMS = ("mtp", "balance", "biases")
-"""Optional parts of a step: MTP's losses, balance loss, and router biases."""
+"""Optional parts of a step: MTP's losses, the balance loss, and the adjustment of router biases."""
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float, index_weight: float) -> None:
-    """Set the chunks' step index, and weights of further losses."""
+    """Set the chunks' step index, and the weights of the MTP, balance and indexer losses."""
     for chunk in chunks:
         chunk.mtp_weight, chunk.step, chunk.index_weight = plan.mtp_weight, plan.step, index_weight
         for router in chunk.routers().values():
@@ -103,7 +103,7 @@ class Engine:
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Number of sequences in one micro-batch, summed over the data-parallel ranks."""
         self._mean_micro_batches = 0.0
-        """Mean number of micro-batches per data-parallel rank, which divides losses."""
+        """Losses are divided by this number: the mean number of micro-batches per data-parallel rank."""
         self._open: ExitStack | None = None
         """Contexts of an open step; otherwise None."""
         self._is_reduced = False
@@ -113,7 +113,7 @@ class Engine:
         """Whether a call failed; other ranks may wait for this rank."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
-        """Called with the phase at the end of `schedule`, `reduction` and `update`."""
+        """Called with the phase's name at the end of the phases `schedule`, `reduction` and `update`."""
         self.clip = self._watch_scores(config.optim.qk_clip, parts, rank.mesh)
         self.measure = Measure(config.model, parts, rank, self.clip)
         self._moe_layers = sum(not name.startswith("mtp") for name in moe_layers(config.model))
@@ -135,7 +135,8 @@ class Engine:
         - loss: name in `TOKEN_LOSSES`, function as in train/model/token_losses.py, or its import path
         - settings: further arguments of the loss
         - last: whether this is the step's last call, which reduces the gradients
-        - total: result of `count` for all batches of the step, by which sums are divided; None: a single call
+        - total: result of `count` for all batches of the step, by which sums are divided; may be None if the step has a
+          single call
         - terms: parts of `TERMS` to use; None: all parts, but without `biases` if experts are replayed
         """
         batch = self._checked(batch)
@@ -246,8 +247,8 @@ class Engine:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields tensors under Hugging Face's names, in the order of a Hugging Face folder. Raises UserError.
 
-        Collective: every rank must read all tensors. A tensor is valid until the caller reads the next one. Balance
-        biases are included, in fp32.
+        Collective: every rank must read all tensors, and gets the same tensors. A tensor is valid until the caller
+        reads the next one. Balance biases are included, in fp32.
 
         - merged: add the adapter to the base; otherwise yield only the adapter, under PEFT's names
         - stacked: yield a layer's experts as one tensor
@@ -390,8 +391,9 @@ class Engine:
         return QKClip(parts.chunks, self._config.model, limit, most)
 
     def _inputs(self, batch: Batch) -> dict:
-        """Returns the pipeline's inputs. Every rank gets replayed experts and keys; only the head's rank gets the other
-        tensors per token.
+        """Returns the pipeline's inputs.
+
+        Every rank gets replayed experts and keys. Only the rank with the output head gets the other tensors per token.
         """
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
@@ -483,7 +485,7 @@ class Engine:
         return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
 
     def _checked(self, batch: Batch) -> Batch:
-        """Checks this rank's share of a batch and completes it. Raises UserError."""
+        """Checks this rank's share of a batch and returns it with all fields set. Raises UserError."""
         return self.check(batch, self._micro_batches(batch))
 
     def _keys(self, batch: Batch) -> Tensor:
@@ -557,7 +559,7 @@ def total_of(batches: Sequence[Batch]) -> StepTotal:
 
 
 def _counts(batches: Sequence[Batch]) -> list[int]:
-    """Returns counts of sequences, learnt tokens, samples, and batches with marked tokens."""
+    """Returns counts of sequences, learnt tokens, samples, and batches with a mask of supervised tokens."""
     whole = [_completed(batch) for batch in batches]
     marked = sum(batch.supervised_BS is not None for batch in whole)
     return [
@@ -584,11 +586,11 @@ def _counting(batch: Batch) -> Tensor:
 
 
 def _completed(batch: Batch) -> Batch:
-    """Returns a batch with marked samples: by default, each sequence."""
+    """Returns a batch whose samples are marked. If only supervised tokens are marked, each sequence is one sample."""
     if batch.supervised_BS is None or batch.documents_BS is not None:
         return batch
     return replace(batch, documents_BS=torch.zeros(batch.tokens_BS.shape, dtype=torch.int32))
 
 
 def _nothing(chunk: int) -> None:
-    """A no-op, instead of the gradient reduction before the last call."""
+    """A no-op that replaces the gradient reduction in all calls of a step except the last."""

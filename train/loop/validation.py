@@ -26,7 +26,7 @@ class Sums:
     nats: float = 0.0
     """Sum of -log p over all target tokens, without MTP."""
     more: tuple[float, ...] = ()
-    """Sums of the values of `more` in `held_out_loss`."""
+    """Sums of the values that the argument `more` of `held_out_loss` returns."""
 
     def __add__(self, other: "Sums") -> "Sums":
         more = tuple(a + b for a, b in zip(self.more, other.more, strict=True)) if self.more else other.more

@@ -44,7 +44,7 @@ def max_vio(counts_LE: Any) -> np.ndarray:
 def load_entropy(counts_LE: Any) -> np.ndarray:
     """Returns each layer's entropy of the tokens per expert, divided by its maximum log E: (L,).
 
-    It is 1 for an even distribution, and 0 if one expert gets all tokens.
+    It is 1 for an even distribution. It is 0 if one expert gets all tokens, if there are no tokens, or if E = 1.
     """
     counts_LE = to_numpy(counts_LE)
     total_L1 = counts_LE.sum(axis=1, keepdims=True)

@@ -19,7 +19,10 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
-"""Maximum mean number of token counts per line."""
+"""Maximum number of tokens-per-expert values per line, averaged over lines.
+
+A model with more of these values has them only in the lines of every n-th step.
+"""
 TAIL = 1 << 18
 """Bytes at the file's end that `read_last_lines` reads."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')

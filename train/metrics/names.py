@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4
 
 
 class Curve(NamedTuple):
-    """A curve in report.html. figure: its key. scale: factor for values."""
+    """A curve in report.html. figure: key of the figure. scale: factor for the values."""
 
     figure: str
     label: str

@@ -99,7 +99,7 @@ def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
 
 
 def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
-    """Returns the cached rate or 0, and any read problem."""
+    """Returns the cached rate, or 0 if there is none, and a text about an error when reading the cache."""
     try:
         found = json.loads(path.read_bytes())
         flops = float(found.pop("flops"))

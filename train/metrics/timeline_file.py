@@ -41,7 +41,7 @@ class SampledStep:
 
     @property
     def span(self) -> float:
-        """Seconds from all ranks' start to the last rank's end."""
+        """Seconds from the common start of all ranks to the end of the rank that ends last."""
         return max(self.span_seconds)
 
     @property

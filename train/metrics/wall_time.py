@@ -8,8 +8,8 @@ time:
     stall       waiting for a checkpoint, on disk or in memory
     beside      other work between steps: validation, sampled text, lines of the log
 
-The waits of repeated steps are unknown. If a run without a driver moved to another machine, its last step counts as its
-end.
+The waits of repeated steps are unknown. If a run without a driver moved to another machine, the time of its last step
+counts as the end of the run.
 """
 
 import datetime
@@ -48,7 +48,8 @@ class WallTime:
     """The split of a run's wall time.
 
     - seconds_in: seconds of each part in PART_WORDS.
-    - effective: fraction of the wall time in which the run trained. Time with too few ranks counts in proportion.
+    - effective: fraction of the wall time in which the run trained. Time with too few ranks is multiplied by the
+      fraction of the ranks that ran.
     """
 
     seconds_in: dict[str, float]
@@ -132,7 +133,7 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Returns the seconds of `data`, `stall` and `beside` in intervals."""
+    """Returns the seconds of the parts `data`, `stall` and `beside` in the time intervals `spans`."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])

@@ -11,7 +11,7 @@ from train.data.sources import find_files
 
 SCORE_DATA = "score.data"
 FORMS = (("tokens",), ("prompt", "completion"), ("text",))
-"""Accepted forms of a sample; the first with all keys counts."""
+"""Accepted forms of a sample, each as a set of keys. The first form whose keys are all present is used."""
 RULE = "must have tokens (a list of ids), prompt and completion, or text"
 
 
@@ -21,7 +21,7 @@ class ScoredSample:
 
     tokens: list[int]
     first: int
-    """Index of the first token in the sum; never 0."""
+    """Index of the first token whose log-probability is summed; at least 1."""
     experts: list | None = None
     """Expert ids to replay, by token, MoE layer, choice; None: no replay."""
     keys: list | None = None
@@ -129,7 +129,7 @@ def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers:
 
 
 def _is_choice(of_token: Any, layers: int, chosen: int, among: int) -> bool:
-    """Return whether a token's choice is valid: per layer, `chosen` different ids below `among`."""
+    """Return whether a token's choice is valid: in every layer it has `chosen` different ids, all below `among`."""
     return (
         isinstance(of_token, list)
         and len(of_token) == layers

@@ -165,7 +165,7 @@ RESULT_FORMATS = {
 
 
 def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
-    """Yields a run's formatted results; no CPU MFU beside GPU runs."""
+    """Yields a run's formatted results. The MFU of a CPU run is left out if another run used GPUs."""
     for label, measure in COMPARED_RESULTS:
         value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
         if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
@@ -192,14 +192,14 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 
 
 def _tokens(series: Series) -> np.ndarray:
-    """Returns the trained tokens at every recorded step, or step numbers."""
+    """Returns the number of trained tokens at every recorded step; the step numbers if no tokens are recorded."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N
 
 
 # At the end of a sweep the screen shows one table of its jobs.
 
 WIDE = 200
-"""Columns of a table in a file; no cell wraps."""
+"""Width, in characters, of a table that is written to a file. It is large enough that no cell wraps."""
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:

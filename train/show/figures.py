@@ -23,7 +23,7 @@ from train.show.plot import (
 from train.show.series import Series
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
-"""Colours: blue is no token, white the fair share, red three or more."""
+"""Colours of the load: blue is no token, white the fair share, red at least three times the fair share."""
 LOAD_PERCENT_TOP = 300
 
 

@@ -174,7 +174,7 @@ def clipped(value: Any) -> str:
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
-    """Returns first step and value of each interval with constant metric."""
+    """Returns the first step and the value of each interval of steps in which the metric stays constant."""
     found: list[tuple[int, float]] = []
     for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
         if math.isfinite(value) and (not found or found[-1][1] != value):

@@ -19,7 +19,7 @@ ACTION_COLOURS = {
     "W": ("backward of weights", "#E69F00", "#F6D998"),
     "FB": ("forward and backward together", PURPLE, "#EBCADB"),
 }
-"""Name of each action, and colours on first and other stages."""
+"""Maps each kind of action to its name, its colour on a rank's first stage, and its colour on the other stages."""
 NUMBERED = 800
 """Number of actions above which bars have no micro-batch numbers."""
 

@@ -23,11 +23,11 @@ ACTION_SUMS = {
     "backward passes": (("B", "I", "W"), "backward_seconds"),
     "overlapped pairs": (("FB",), "overlapped_seconds"),
 }
-"""For each compared sum of action times: kinds of actions, and the metric that measures the sum."""
+"""For each sum of times that is compared: the kinds of actions in the sum, and the metric that measures it."""
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """Returns the settings that a comparable plan and run share."""
+    """Returns the settings that must be equal in a plan and a run, so that they can be compared."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),

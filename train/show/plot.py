@@ -40,7 +40,7 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Data sets of a figure that shows one at a time."""
+    """Data sets of a figure that shows one data set at a time."""
 
 
 def curves(

@@ -25,7 +25,7 @@ PROVEN_RECIPE = (
     "data.mask_documents",
 )
 PROVEN_LAYOUT = ("parallel", "micro_batch_size")
-"""Settings that mode=prove depends on, with those of PROVEN_RECIPE."""
+"""PROVEN_RECIPE and PROVEN_LAYOUT together contain all settings that the result of mode=prove depends on."""
 
 
 def describe_proven(settings: Mapping[str, Any]) -> dict[str, Any]:

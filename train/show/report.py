@@ -87,7 +87,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
-    """Builds a part of the page, or a part with the file's error."""
+    """Builds a part of the page with `make`. If a damaged file makes it fail, returns a part with the error."""
     try:
         return make()
     except (UserError, OSError):

@@ -122,7 +122,7 @@ def printable(text: str, encoding: str) -> str:
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Printed lines are at least PLAIN_SECONDS apart, later the fraction PLAIN_SHARE of the elapsed time."""
+"""A line is due after PLAIN_SECONDS or after the fraction PLAIN_SHARE of the elapsed time, whichever is longer."""
 SMOOTHING = 0.05
 """Weight of the newest step in the moving average."""
 MIN_BAR, MAX_BAR = 8, 40
@@ -207,7 +207,7 @@ class Progress:
             self._event = text
 
     def note(self, text: str) -> None:
-        """Print a sentence above the progress line, even without progress."""
+        """Print a sentence above the progress line, even if no progress line is shown."""
         self._print(sentence(text, indent=2))
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Returns the moving average over a fortieth of the curve, or NaN."""
+    """Returns the moving average over windows of a fortieth of the curve. It is NaN where the value is not finite."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -80,7 +80,7 @@ def smoothed(y_N: np.ndarray) -> np.ndarray:
 
 
 def read_series(path: Path) -> Series:
-    """Reads a run's series from metrics.jsonl. No file: no steps."""
+    """Reads a run's series from metrics.jsonl. If the file is missing, the series have no steps."""
     heads, loaded = [], []
     for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
         heads.append(head)
@@ -132,11 +132,11 @@ def last(series: Series, name: str) -> float:
 
 
 def median(series: Series, name: str) -> float:
-    """Returns a metric's median without the first tenth, or NaN."""
+    """Returns the median of a metric's finite values without their first tenth; NaN if there are none."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Returns the mean of the last tenth, but at least 20 values."""
+    """Returns the mean of the last tenth of the values, at most 20 values; NaN if there are none."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

@@ -1,8 +1,8 @@
 """Logs to Weights & Biases in a separate thread, so that the training does not wait. After any error, the thread prints
 one note and switches W&B off.
 
-The W&B run is offline in mode `offline`, without an API key, and without an answer of the server. The environment
-variable WANDB_MODE overrides the mode `auto`.
+The W&B run is offline if the mode is `offline`, if there is no API key, or if the server does not answer. The
+environment variable WANDB_MODE overrides the mode `auto`.
 
 All attempts of a run folder log to one W&B run. A resumed attempt logs only steps after the step in wandb/last_step.
 """
@@ -35,9 +35,9 @@ from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_met
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
-"""Metrics over the number of trained tokens in W&B."""
+"""Metrics that W&B plots against the number of trained tokens."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""More metrics over trained tokens. W&B's summary has minimum and last value."""
+"""More metrics that W&B plots against trained tokens. W&B's summary has their minimum and their last value."""
 FILES = 1_000_000
 """Maximum number of a checkpoint's files that W&B lists."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
@@ -115,7 +115,7 @@ WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
 """Metrics of each MoE layer that W&B gets."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
-"""Bins and upper end of load histograms, in multiples of the mean."""
+"""LOAD_BINS: number of bins of a load histogram. LOAD_TOP: upper end of the last bin, in multiples of the mean load."""
 
 
 def wants_wandb(mode: WandbMode) -> bool:

@@ -141,7 +141,7 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 
 def _memory(said: str) -> list[str]:
-    """Returns lines about the requested memory and, on a GPU, the use of its memory."""
+    """Returns lines about the memory that was requested and, on a GPU, about how the GPU's memory is used."""
     lines = [f"  requested: {_words(said)}"]
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()

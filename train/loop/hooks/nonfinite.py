@@ -223,7 +223,10 @@ def _of(ranks: Sequence[int]) -> str:
 
 
 def shown_ranks(ranks: Sequence[int]) -> str:
-    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. The text counts the ranks after the first few."""
+    """Returns text such as `rank 1` or `ranks 1, 2 and 5`.
+
+    For many ranks, the text names the first few and gives the number of the others.
+    """
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:

@@ -19,7 +19,7 @@ from conf.words import say_note
 from train.loop.live_run import LiveRun
 
 SHOWN_PHASES = ("validation", "checkpoint")
-"""Phases that the terminal shows. Both are outside of steps."""
+"""Phases that the terminal shows. A rank is in these phases only between steps."""
 
 
 class RankProgress:
