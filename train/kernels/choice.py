@@ -31,7 +31,7 @@ Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 
 TRIED_SCORE = -120.0
 """Approximate value of all scores in the test."""
 LARGE = 32.0
-"""First component of every query in the test. Times a key's first component and the scale, it is TRIED_SCORE."""
+"""First component of every query in the test. LARGE times a key's first component times the scale is TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
@@ -47,7 +47,9 @@ CORES: dict[str, AttentionCore] = {
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
-    """Returns the attention core for a run on this GPU, and notes on failed cores. Raises UserError without a core."""
+    """Returns the attention core for a run on this GPU, and notes on failed cores. Raises UserError if no core is
+    correct.
+    """
     parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
     whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
     if not (config.data.mask_documents or config.data.chats):
@@ -63,7 +65,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """Returns the first attention core that is correct for all `parts`, and a note on earlier ones."""
+    """Returns the first attention core that is correct for all `parts`, and a note on the cores that failed."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -173,9 +175,10 @@ def build_kernels(
 
 
 def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
-    """Returns whether a run on this CPU uses compiled matmuls; None if there is no choice.
+    """Returns whether a run on this CPU uses compiled matmuls; None on a GPU or without compiled code.
 
-    kept: the choice of a resumed run, which stays, because a new measurement could change the arithmetic.
+    kept: the choice before a resume, or None. The function returns it unchanged, because a new measurement could change
+        the arithmetic.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept

@@ -1,4 +1,4 @@
-"""Checks that torch and Triton can use the GPU, and configures torch's allocator and records of collectives."""
+"""Checks that torch and Triton can use the GPU, and configures torch's allocator and its recorder of collectives."""
 
 import glob
 import os

@@ -4,8 +4,9 @@ The matmul with W does not change, so LoRA works with any precision and storage 
 activation dtype; their gradients are summed in fp32. A is initially uniform in +-1 / sqrt(inputs), as in PEFT. B is
 initially 0.
 
-Dropout hashes each input element: its row's values, its column index, the step and the weight's name. So any layout, a
-resumed run and a recomputed block drop the same elements. Rows with equal values have equal dropout masks.
+Dropout decides whether to drop an input element by a hash of the values in its row, its column index, the step and the
+weight's name. So any layout, a resumed run and a recomputed block drop the same elements. Rows with equal values have
+equal dropout masks.
 
 Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
 Q rank of the LoRA matrices.
@@ -45,7 +46,8 @@ class LoraWeights:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: parameter names of A and B in `module`, one pair for each LoRA, whose outputs are concatenated.
+        """names: parameter names of A and B in `module`, one pair for each LoRA. The outputs of the pairs are
+        concatenated.
         chunk: the model chunk that has the module.
         salt: makes the dropout hash different for each weight.
         """
@@ -82,7 +84,7 @@ class LoraWeights:
         return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return x after dropout, and a context that saves x instead."""
+        """Return x after dropout, and a context in which autograd saves x instead of the result."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -115,13 +117,14 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
-"""For the last part of a weight's name: the module attribute of the adapter."""
+"""Maps the last part of a weight's name to the module attribute of the adapter."""
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
     """Freeze the weights of a chunk, and add LoRA matrices A and B to the target weights.
 
-    The values of A depend on the weight's name, so they are equal in every layout.
+    The values of A depend on the weight's name, so they are equal in every layout. On the meta device, no values are
+    drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
     (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # packed weights are stored as uint8

@@ -4,7 +4,7 @@ Rectangles (train/model/sequence.py) describe which queries see which keys. A co
 a square, where queries see keys up to the diagonal. Ranks that share sequences use arbitrary rectangles.
 
 The core computes no scores above a diagonal or between documents, and stores no mask. Backward recomputes the
-probabilities p from l, the log-sum-exp of a query's scores, also for keys outside this call:
+probabilities p from l, the log-sum-exp of a query's scores. l may include scores of keys outside this call:
 
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
@@ -43,7 +43,8 @@ class KeptLse:
 class LargestScores:
     """Records the largest scaled score of each head in `most_H` (fp32), over all calls since the last `clear`.
 
-    limit: if a query's log-sum-exp is at most `limit`, a core may return this upper bound instead of the largest score.
+    limit: if a query's log-sum-exp is at most `limit`, a core may return the log-sum-exp, an upper bound, instead of
+        the largest score.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):

@@ -20,7 +20,7 @@ class Block(nn.Module):
     """A block of the main model or of an MTP module. It maps x (B, T, D) to an output of the same shape.
 
     dispatcher: sends tokens to experts; None for a dense block.
-    repeat: whether backward runs the complete block again, so that forward saves only its input.
+    repeat: whether backward runs the complete block again, so that forward saves only the block's input.
     host: stores activations in host memory; None: no offload.
     offload: the part whose activations `host` stores: attention, ffn, or layer for both.
     chooses: whether the block has an indexer.
@@ -70,7 +70,7 @@ class Block(nn.Module):
             return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
-        """Return the context that offloads `part`. x_BTD: its input."""
+        """Return the context that offloads the activations of `part`. x_BTD: the input of the part."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

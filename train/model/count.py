@@ -29,12 +29,12 @@ class Counts:
     """Numbers of parameters of a model. MTP modules are counted separately."""
 
     total: int
-    """All parameters, with embedding and head, without MTP modules."""
+    """Number of all parameters, with embedding and head, but without MTP modules."""
     active: int
     """Number of parameters that one token uses, including embedding and head."""
     active_without_embedding: int
     embedding: int
-    """Parameters of the embedding table; the head has as many."""
+    """Number of parameters of the embedding table; the head has the same number."""
     attention: int
     """Number of attention parameters in one block."""
     dense_block: int
@@ -42,7 +42,7 @@ class Counts:
     moe_block_active: int
     expert: int
     mtp: int
-    """Parameters of all MTP modules, without the shared embedding and head."""
+    """Number of parameters of all MTP modules, without the shared embedding and head."""
     mtp_active: int
 
 
@@ -207,7 +207,7 @@ def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint in bytes.
 
     A checkpoint contains the fp32 master weights, the optimizer state and the moving average of the weights, if any.
-    With an adapter, it contains only the adapter's.
+    With an adapter, it contains these values only for the adapter.
     """
     counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp

@@ -111,7 +111,7 @@ class Head(nn.Module):
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """The user's loss term, set when the model is built for training."""
         self.token_loss: TokenLoss | None = None
-        """Loss of the main model instead of the cross-entropy, set before a step; None: the cross-entropy."""
+        """Replaces the cross-entropy as the loss of the main model, set before a step; None: the cross-entropy."""
         self.gives_logprobs = False
         """Whether eval mode returns log-probabilities (B, T) instead of a loss."""
 
@@ -133,8 +133,8 @@ class Head(nn.Module):
         states: hidden states of the main model (B, T, D), then of each MTP depth, each one position shorter than the
             previous.
         divisor: divides each depth's sum of losses, although MTP depths have fewer targets (paper eq. 24). The sum
-            covers supervised tokens, or all tokens without a mask. None: the number of local positions of the main
-            model.
+            covers supervised tokens, or all tokens if there is no mask. If divisor is None, it is the number of local
+            positions of the main model.
         detaches_mtp: whether only the main model's loss trains the head's weight.
         tensors_BS: the tensors per token that `token_loss` needs.
         """

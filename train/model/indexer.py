@@ -188,7 +188,7 @@ class LearnAlone(Function):
     """Returns a chunk's output unchanged. Used when training changes only the indexers.
 
     Backward returns `gradients` for the weights, and zeros for the chunk's input x. The forward has already computed
-    the gradients, so backward needs no weights. At ZeRO stage 3, they are not gathered then.
+    the gradients. So backward needs no weights, and ZeRO stage 3 does not gather them.
     """
 
     @staticmethod

@@ -88,7 +88,7 @@ def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Te
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
     """Fill a weight with uniform values in +-bound, which depend only on the text `key` and the expert.
 
-    experts: indices of the experts along the first dimension, drawn separately.
+    experts: indices of the experts along the first dimension, drawn separately; None: draw the weight as one tensor.
     """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 

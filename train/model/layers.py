@@ -37,8 +37,8 @@ class AddedMatmul(Protocol):
         """
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the operands of one matmul for the outputs of layer and adapter. Extra columns extend x and the
-        weight.
+        """Return the operands of one matmul that computes the layer's output plus the adapter's output. Extra columns
+        extend x and the weight.
         """
 
 
@@ -53,7 +53,7 @@ class PackedWeight(Protocol):
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""For the last part of a weight's name: the module attribute of its packed form."""
+"""Maps the last part of a weight's name to the module attribute of the packed form."""
 
 
 def open_weight(
@@ -183,7 +183,7 @@ class RMSNorm(nn.Module):
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        # Read the weight in backward and not here, because ZeRO 3 may free it until then.
+        # Read the weight in backward and not here, because ZeRO 3 may free it before backward.
         return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 

@@ -34,7 +34,7 @@ class RoutedRows(Protocol):
     gates_R: Tensor
     """Gate value of every row, fp32."""
     counts_E: Tensor
-    """Rows of each local expert, int64, on the device."""
+    """Number of rows of each local expert, int64, on the device."""
     state: Any
     """Data that the dispatcher needs for combine."""
 
@@ -106,7 +106,7 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Maps tokens to rows sorted by expert by gathers, so sums have a fixed order."""
+    """Maps tokens to rows sorted by expert. Forward and backward use gathers, so sums have a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):

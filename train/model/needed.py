@@ -39,7 +39,7 @@ SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 def gradients_needed(ctx: Any) -> tuple[bool, ...]:
     """Return, for every argument of the Function, whether the current pass needs its gradient.
 
-    Call this inside backward, with its ctx. Without a split, the result is ctx.needs_input_grad.
+    Call this inside backward, with its ctx. If backward is not split in two, the result is ctx.needs_input_grad.
     """
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return tuple([required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad])
@@ -65,7 +65,7 @@ def will_accumulate(node: Node) -> bool:
 
 
 def _fate(node: Node) -> str:
-    """Return what the current pass does with a node: skip, execute, or return its incoming gradient."""
+    """Return what the current pass does with a node: skip it, execute it, or return its incoming gradient."""
     try:
         return EXECUTED if torch._C._will_engine_execute_node(node) else SKIPPED
     except RuntimeError as error:

@@ -73,7 +73,9 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return a saved tensor's entry if it must be copied to the host; else None. May create the entry."""
+        """Return a saved tensor's entry if it must be copied to the host; else None. Creates the entry if an inner
+        context saved the tensor.
+        """
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None

@@ -167,10 +167,12 @@ class Kernels(Protocol):
         """Return x W^T. Differentiable."""
 
     def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """Return left @ right^T in `dtype`: (O, N), or adds it to `into_ON` and returns `into_ON`."""
+        """Return left @ right^T in `dtype`: (O, N). If `into_ON` is given, add the product to it and return it."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
-        """Return the argument `groups` of `grouped_matmul` for operands in `dtype`. counts_E: rows of each expert."""
+        """Return the argument `groups` of `grouped_matmul` and `grouped_weight_gradient`, for operands in `dtype`.
+        counts_E: number of rows of each expert.
+        """
 
     def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         """Multiply rows by their expert's weight: (R, O)."""

@@ -138,7 +138,7 @@ class RecomputedOutputs(SavedContext):
             self._waiting = self._saved
         base = self._made[index]
         self._waiting -= 1
-        if self._waiting == 0:  # all are read; another backward pass would compute again
+        if self._waiting == 0:  # all saved tensors are read; another backward pass would compute again
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
 
@@ -288,7 +288,7 @@ class _AllThere(Exception):
 
 
 def is_repeated() -> bool:
-    """Return whether a layer's second run is in progress, which counters must ignore."""
+    """Return whether a layer's second run is in progress. Counters must ignore this run."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 
@@ -307,5 +307,5 @@ def recall() -> Any:
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Return an identifier of the tensor's start, also on meta."""
+    """Return an identifier of the start of the tensor's memory, also on the meta device."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

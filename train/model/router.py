@@ -94,7 +94,7 @@ class Router(nn.Module):
     def _apply(self, fn, recurse=True):
         """Apply `fn`, as in module.to() and module.bfloat16(), but keep the dtype of the buffers.
 
-        Engines call module.bfloat16() for the weights, which must not round the buffers.
+        Engines call module.bfloat16() to convert the weights. This call must not round the buffers.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)

@@ -68,7 +68,8 @@ class LinearMatmul(Function):
 class GroupedMatmul(Function):
     """Multiplies each row by the transposed weight of the row's expert.
 
-    It saves the weight itself, which ZeRO 3 can free between forward and backward; F.grouped_mm would save a view.
+    It saves the weight itself, which ZeRO 3 can free between forward and backward. F.grouped_mm would save a view,
+    which keeps the memory allocated.
     """
 
     @staticmethod

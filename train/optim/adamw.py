@@ -20,7 +20,9 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Elements of torch's widest vector. torch's kernel updates the elements after the last vector in double precision."""
+"""Number of elements of torch's widest vector. torch's kernel updates the elements after the last vector in double
+precision.
+"""
 
 _load = partial(library, "adamw")
 _sum_of_squares = Kernel(
@@ -44,7 +46,7 @@ class WeightShapes(NamedTuple):
 
     rule: UpdateRule
     shapes: Sequence[tuple[str, Sequence[int]]]
-    """Name and shape of each weight; experts: those of this rank."""
+    """Name and shape of each weight. The shape of an expert weight counts only this rank's experts."""
 
 
 class UpdatePiece(NamedTuple):
@@ -149,7 +151,7 @@ class AdamW(torch.optim.Optimizer):
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
     """Update with torch's fused kernel, in one pass over memory. Also multiplies the gradient by `factor` in place.
 
-    Moments are copied to fp32 and back, chunk by chunk, if necessary.
+    Moments in a dtype other than fp32 are copied to fp32 and back, chunk by chunk.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
     step = torch.full(

@@ -1,7 +1,8 @@
 """Splits a weight into logical matrices by its name. Muon orthogonalises each logical matrix separately.
 
 Some weights stack independent matrices: attention heads, the keys and values of a head, the latent and the rope key, w1
-and w3, or experts. In one matrix, the largest block would dominate the singular values of the others.
+and w3, or experts. If Muon treated them as one matrix, the largest block would dominate the singular values of the
+others.
 
 Every logical matrix is a rectangle in the rows and columns of its weight. A weight (E, R, C) has E * R rows.
 """
@@ -35,7 +36,7 @@ class MatrixStack(NamedTuple):
     """
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Returns the logical matrices' lengths along the stacked axis, from the model and the axis length."""
+    """Returns the length of each logical matrix along the stacked axis. Arguments: model, length of the axis."""
     axis: int = -2
     by_head: bool = False
 
@@ -85,8 +86,9 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
 # The singular values approach 1, and X approaches U V^T. A matrix with more rows than columns is transposed, so that A
 # is small. A zero matrix gives zeros. There are three sets of coefficients:
 #
-# - `quintic`: Jordan's, with results between about 0.68 and 1.2 (kellerjordan.github.io/posts/muon)
-# - `polar_express`: optimal for the result of the previous step (arXiv 2505.16932, algorithm 1)
+# - `quintic`: Jordan's coefficients, which give singular values between about 0.68 and 1.2
+#   (kellerjordan.github.io/posts/muon)
+# - `polar_express`: each step is optimal for the result of the previous step (arXiv 2505.16932, algorithm 1)
 # - `deepseek_v4`: eight steps of `quintic`, then two that converge to 1 (DeepSeek-V4's report)
 #
 # Shapes: B matrices, M rows, N columns.
@@ -131,6 +133,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the FLOPs for one matrix. Each step has three matmuls."""
+    """Returns the FLOPs of the Newton-Schulz iteration for one matrix. Each step has three matmuls."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

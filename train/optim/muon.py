@@ -31,7 +31,7 @@ UPDATE_SIZE = 0.2
 
 
 class _Placed(NamedTuple):
-    """The logical matrices of a flat parameter, and their owners."""
+    """The logical matrices of a flat parameter, and the ranks that orthogonalise them (owners)."""
 
     matrices: list[SharedMatrix]
     owners: MatrixOwners
@@ -53,10 +53,10 @@ class Muon(AdamW):
     def count_scratch_bytes(kind: str, config: Config, group: WeightShapes, elements: int, compiled: bool) -> int:
         """Returns an upper bound of the scratch memory, in bytes.
 
-        A pack of p elements has its matrices and results in fp32, and may still have the results of the previous pack.
-        Adjacent matrices of one shape form a batch of b elements, with Gram matrices of g elements. Besides its result,
-        a batch needs itself, a scaled copy, two iterates and two Gram matrices: 12 b + 8 g bytes in fp32. Ranks that
-        share matrices send and receive up to the fraction `away` of a pack.
+        A pack is a set of matrices that are updated together. Its matrices and their results are in fp32, and the
+        results of the previous pack may still exist. Adjacent matrices of one shape form a batch of b elements, whose
+        Gram matrices have g elements. On a CPU, the computation of a batch needs 12 b + 8 g more bytes, for copies,
+        iterates and two Gram matrices. Ranks that share matrices send and receive up to the fraction `away` of a pack.
         """
         if not group.rule.is_whole:
             return AdamW.count_scratch_bytes(kind, config, group, elements, compiled)

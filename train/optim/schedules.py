@@ -18,7 +18,7 @@ class StepPlan:
     step: int
     """Index of the step. The first step has index 1."""
     first_sample: int
-    """Samples consumed before this step: the index of its first sample."""
+    """Number of samples consumed before this step, which is also the index of the step's first sample."""
     batch_size: int
     """Number of sequences in this step, over all ranks."""
     lr: float
@@ -38,7 +38,8 @@ class Schedules:
         """Returns the settings of a step.
 
         step: index of the step, from 1.
-        shift: correction of `first_sample`, if a resumed run has changed the batch size.
+        shift: is added to `first_sample`. It corrects the number of consumed samples if a resumed run has changed the
+            batch size.
         """
         index, optim = step - 1, self.config.optim
         # The middle of the step, so that a run of one step gets the middle of its schedule.

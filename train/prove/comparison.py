@@ -133,7 +133,7 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Record how often a mechanism, such as clipping, acted. of: possible cases."""
+        """Record how often a mechanism, such as clipping, acted. of: number of cases in which it could act."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of

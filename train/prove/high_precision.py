@@ -145,7 +145,7 @@ def head(
         each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
-    # An error e of a logit changes its own probability by p (1 - p) e, and all others in the opposite direction.
+    # An error e of a logit changes this logit's probability by p (1 - p) e, and all others in the opposite direction.
     p_off = p * ((1 - p) * off + (mean_off - p * off))
     made = rounded(NearNumbers(slopes, p_off / positions), high, CURVED * (p + (slopes < 0)) / positions)
     return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))

@@ -235,7 +235,7 @@ class Judge:
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf
 
     def _plain(self, state: State) -> PlainModel:
-        """Returns the reference model with these weights and any base weights."""
+        """Returns the reference model with these weights and, for an adapter, the frozen base weights."""
         config = self.at.config
         base = initial_weights(config) if config.adapter.on else {}
         masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}

@@ -2,8 +2,8 @@
 
 Every recipe sums them in fp32 (paper 3.3.1). So each element must match within fp32 rounding.
 
-A rank records only its total over micro-batches. A test rejects a total with mostly bf16 values. It skips a total of
-one micro-batch, which may be a bf16 matmul result.
+A rank records only its sum over micro-batches. A test rejects a sum if bf16 can represent most of its values. The test
+skips a sum over one micro-batch, which may be the bf16 result of a matmul.
 """
 
 import re
@@ -18,7 +18,7 @@ from train.prove.evidence import Evidence, State, assemble, depth_of
 from train.prove.reference_step import rate_of
 
 MORE = 4
-"""Number of roundings in a sum over ranks, besides one per term."""
+"""Number of roundings in a sum over ranks, in addition to one rounding per term."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
 """MOST_IN_BF16: maximum fraction of an fp32 sum's elements that may be exact in bf16. ENOUGH: minimum number of
 elements for a conclusive test."""
@@ -67,8 +67,9 @@ def _is_by_micro_batch(rank: Evidence) -> bool:
 def _terms_of(weight: str, came: Counter[str]) -> int:
     """Returns how many micro-batches contribute to the gradient of a weight.
 
-    came: maps a recorded part to its number of micro-batches with a non-zero gradient. The smallest part with the
-    weight counts. For the head, the final norm and the last MTP module count.
+    came: maps a recorded part to its number of micro-batches with a non-zero gradient. The number of the smallest part
+        that contains the weight is used. For the head, it is the sum of the numbers of the final norm and of the last
+        MTP module.
     """
     if weight.startswith("head."):
         depths = sorted((part for part in came if re.fullmatch(r"mtp\.\d+", part)), key=depth_of)
@@ -81,7 +82,7 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
     """Returns the mean of the local gradients over the ranks of a pipeline stage.
 
-    signs: if False, the mean of absolute values (of `sizes`, if recorded).
+    signs: if False, the function averages absolute values, from `sizes` if a rank recorded them.
     """
     found: State = {}
     for rank in ranks:

@@ -1,8 +1,8 @@
 """Reference for LoRA A and B on each rank: y = W x + scale B (A x), in the activation dtype.
 
 Each matmul with A or B, each multiplication with the scale and each sum is rounded once. The reference uses the
-recorded input after dropout. The judge checks the fraction of dropped elements and the factor on the others. It cannot
-check which elements were dropped.
+recorded input after dropout. The judge checks the fraction of dropped elements, and the factor by which dropout
+multiplied the other elements. It cannot check which elements were dropped.
 """
 
 import math
@@ -21,9 +21,11 @@ from train.prove.step_parts import MOST_INCONCLUSIVE, PartCall, StepParts, SumOv
 RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
 """Multiplies rows by a weight; for experts, by each expert's matrix."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""Adds to a weight's gradient, from output gradients and inputs."""
+"""Adds one call's contribution to a weight's gradient. Arguments: sum, output gradients, inputs."""
 HEAD_PIECES = 2.0**-8
-"""Relative error of a gradient that the head sums over pieces of the tokens. Pieces and sum may be rounded to bf16."""
+"""Relative error of a gradient of the head. The head sums it over pieces of the tokens; pieces and sum may be rounded
+to bf16.
+"""
 DEVIATIONS = 6.0
 """Maximum deviation of the dropped fraction, in standard deviations."""
 
@@ -91,7 +93,7 @@ class WeightLora:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
-        """Reverses `widen` for gradients, and adds to gradients of A and B."""
+        """Reverses `widen` for gradients, and adds this call's contribution to the gradients of A and B."""
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -115,7 +117,7 @@ class WeightLora:
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the dropped fraction, and the factor on other inputs."""
+        """Compare the fraction of dropped inputs, and the factor by which other inputs were multiplied."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)

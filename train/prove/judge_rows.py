@@ -52,7 +52,7 @@ class SentRows:
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """Returns the order (P,) of (token, expert) pairs, by `order_at_experts`'s keys."""
+        """Returns the order (P,) of (token, expert) pairs, with the sort keys of `order_at_experts`."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:

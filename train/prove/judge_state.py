@@ -75,7 +75,7 @@ def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[S
 def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
     """Compare the ranks' state and router biases with `want`, bit for bit. Returns the ranks' state.
 
-    own: name of the quantity for the router biases; None: `quantity`.
+    own: name under which router biases are reported; None: `quantity`.
     """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)

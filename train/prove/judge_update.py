@@ -127,7 +127,7 @@ def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
 def _judge_moved(
     at: Comparisons, name: str, got: State, want: Tensor, before: State, rounded: Tensor, rank: Evidence | None = None
 ) -> None:
-    """Judge a tensor that an update changed. rounded: one rounding error."""
+    """Judge a tensor that an update changed. rounded: magnitude of one rounding error per element."""
     if name not in got:
         return
     kind, moments = name.split(".", 1)[0], at.config.precision.moments

@@ -27,7 +27,7 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """Returns the recipe in fp32, without features of other number formats."""
+    """Returns the recipe in fp32 without dropout, with a wire format and a dispatch that support fp32."""
     config = without_dropout(config)
     parallel = replace(config.parallel, wire=WireFormat.bf16)  # the wire uses the activation dtype
     if parallel.dispatch_facts.in_bf16:
@@ -49,8 +49,9 @@ TILED = 136
 """Width in check `tiles`: two tiles, the second not full."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""WARP: number of threads in a warp. If the recipe has at least WARP experts, each rank has more than WARP in check
-`tiles`. WIDE_RANKS: maximum number of ranks in an expert group for this rule, which limits the memory."""
+"""WARP: number of threads in a warp. If the recipe has at least WARP experts, each rank has more than WARP experts in
+check `tiles`. WIDE_RANKS: maximum number of ranks in an expert group to which this rule applies; a limit saves memory.
+"""
 SLOW = 1e-9
 """Learning rate of check `tiles` with FP8. It keeps small norm weights small."""
 FAINT = 1e-13

@@ -18,7 +18,7 @@ Matmuls are summed in fp32, with promotion every 128 terms (paper 3.3.2). Result
 to bf16; results of Wgrad are not. Inputs are saved for Wgrad in FP8, but the output projection's input in E5M6. Wgrad
 casts the saved inputs again along the tokens (paper 3.3.3, 3.5.2).
 
-The arithmetic is in fp64. A rank may sum in another order, and round to the other number near a rounding tie.
+The arithmetic is in fp64. A rank may sum in another order. So near a rounding tie, it may round to the other neighbour.
 `NearNumbers` holds numbers with this possible error.
 
 Shapes: T rows, K inputs, N outputs. For experts: R rows sorted by expert, D model width, F inner width.
@@ -137,7 +137,7 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
     """Casts an operand (..., M, N), and returns the values that the matmul multiplies.
 
     - along: axis of the sum, -1 or -2.
-    - noise: relative error of the numbers, besides `off`.
+    - noise: relative error of the numbers, in addition to `off`.
     """
     if rule is None:
         return given
@@ -212,7 +212,7 @@ class PlainRounding:
 
 
 def read_rounding(precision: Values) -> PlainRounding:
-    """Returns a recipe's casts, which it describes as FORMAT/GRANULARITY/SCALE."""
+    """Returns a recipe's casts. The recipe describes each cast as FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)

@@ -68,7 +68,7 @@ EXPERTS = 32
 RANK = 8
 """Maximum rank of the miniature's LoRA adapter."""
 CLIP = 0.1
-"""Maximum of optim.clip. Gradients of the miniature are then clipped."""
+"""Maximum of optim.clip, small enough that the miniature's gradients are clipped."""
 RATE = 1e-3
 """Minimum learning rate, so that rounding cannot hide the weights' change."""
 BUFFER = 4096.0
@@ -117,7 +117,7 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Degrees that become 1 in layouts that are too large, and the lost structures."""
+"""Maps each degree that becomes 1 in a layout that is too large to the structure that is lost."""
 
 
 def shrink(cfg: Config) -> Miniature:
@@ -137,7 +137,7 @@ def shrink(cfg: Config) -> Miniature:
     share, less = micro_batch_size * layout.dp, 0
     together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
     if cfg.parallel.uneven and layout.dp > together:
-        start = full  # no batch ramp: its steps are larger than the difference between the ranks' parts of the batch
+        start = full  # no batch ramp: its steps are larger than the difference between ranks' parts of the batch
         less = micro_batch_size * together
     adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
     if adapter.on:

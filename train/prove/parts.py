@@ -4,7 +4,7 @@ Hooks on modules, tensors and autograd nodes, and wrapped methods and kernels, r
 
 Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank in a step:
 
-    linear layer, norm     x, y, and the gradients dy, dx; also of calls that backward recomputes (mla_up)
+    linear layer, norm     x, y, and the gradients dy, dx; also if backward repeats the call (mla_up)
     router                 x, dx; `EvidenceWatch` records gates and choices
     experts                x, gates, counts, y, dy, dx, dgates; the first matmul's output h and its gradient dh; rows
                            are sorted by expert

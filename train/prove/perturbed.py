@@ -22,8 +22,9 @@ from train.prove.samples import Samples
 RUNS, FP32_RUNS = 3, 8
 """Number of perturbed runs: RUNS in low precision, FP32_RUNS in fp32."""
 MARGIN = 4.0
-"""Maximum ratio of a difference to the largest perturbed change. A rank rounds about ten times in a part, but a run
-perturbs once."""
+"""Maximum ratio of a difference to the largest perturbed change. A rank rounds about ten times in a model part, but a
+perturbed run changes each value once.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> 
 
 
 class PerturbedRuns:
-    """The perturbed runs of one step, computed by the first `bound`."""
+    """The perturbed runs of one step. The first call of `bound` computes them."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
         """- unit: unit roundoff of the format.
-        - near: an additional run exchanges experts in the balance loss if their scores differ by at most `near`. None:
-          no such run.
+        - near: an additional run exchanges two experts in the balance loss if their scores differ by at most `near`.
+          None: no such run.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
@@ -95,7 +96,9 @@ class PerturbedRuns:
         return run_reference_step(moved, self._samples, self._plan)
 
     def _run_swapped(self, near: float) -> ReferenceStep:
-        """Runs the step again, with near-ties in the balance loss exchanged."""
+        """Runs the step again. If the last chosen expert and the next one have nearly equal scores, the balance loss
+        counts the next one.
+        """
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

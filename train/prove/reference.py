@@ -100,8 +100,8 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
     """Returns the rotation angle of each pair j at each position t, (T, R/2). Without YaRN, it is t / theta^(2j/R).
 
-    For long sequences, YaRN changes the angle (paper 4.3). It depends on the pair's rotations over original_seq_len
-    positions:
+    For long sequences, YaRN changes the angle (paper 4.3). The change depends on how often the pair rotates over
+    original_seq_len positions:
 
         more than beta_fast    unchanged
         less than beta_slow    divided by `factor`
@@ -264,7 +264,7 @@ class PlainModel:
         """Returns the sum of -log softmax(head state)[target] over all learnt targets, divided by `learnt`.
 
         - learnt: number of the main model's targets, also at MTP depths (eq. 24).
-        - alone: whether the head gets no gradient.
+        - alone: whether the loss gives the head no gradient.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T

@@ -22,7 +22,7 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Maps `logprobs`, and inputs of losses, to values of a sample's learnt tokens."""
+"""Maps `logprobs` and the names of other loss inputs to the values at one sample's learnt tokens."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:

@@ -93,7 +93,7 @@ def adamw(
 
 
 def decays(optim: Values, weight: Tensor) -> bool:
-    """Returns whether weight decay applies (with optim.decay_norms, also to norms)."""
+    """Returns whether weight decay applies to the weight. Norm weights decay only with optim.decay_norms."""
     return weight.dim() > 1 or optim.decay_norms
 
 

@@ -57,7 +57,7 @@ def prove(config: Config, alone: bool) -> int:
 def _launch(small: Config, folder: Path, alone: bool) -> int:
     """Run both parts of each check: before and after the resume.
 
-    If the first part has one rank, and this process may start more, the second part has two.
+    The second part has two ranks if the first has one and this process may start more.
     """
     other = in_layout(small, second_layout(small, 2))
     runs: list[tuple[Config, tuple[int, ...]]] = [(small, (0, 1))]

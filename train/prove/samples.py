@@ -2,10 +2,11 @@
 Weights and biases depend only on the seed and their name.
 
 As in text, some tokens are frequent and some never occur. Norm weights differ from 1 and biases from 0, so that a
-missing one changes the results.
+missing norm weight or bias changes the results.
 
-In widths with several tiles of 128, every second tile is multiplied by STEP or its inverse. A wrong tile's scale then
-causes a large error. In such models, all tokens choose the first expert, and none the last.
+In widths with several tiles of 128, every second tile is multiplied by STEP or its inverse. The scale of a wrong tile
+then causes a large error. In models with such widths, all tokens choose the first expert, and no token chooses the
+last.
 
 Shapes: B sequences, S = seq_len + 1.
 """

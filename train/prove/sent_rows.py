@@ -37,7 +37,8 @@ def summed_rows(
     """Returns the sum of the K rows of every token, and its possible error. Both are (T, D).
 
     - ids_TK: the expert of each row.
-    - hops: group sizes of the additions before the token's rank, such as [experts per rank, experts per node].
+    - hops: sizes of the groups of experts whose rows are added before they reach the token's rank, such as [experts per
+      rank, experts per node].
     - in_bf16: whether each sum is rounded to bf16.
     - by_addition: whether the token's rank may also round after each addition.
     """

@@ -1,4 +1,4 @@
-"""Recorded tensors, comparisons and sums over calls of single parts."""
+"""Reads the recorded tensors of single model parts, compares them, and sums gradients over the calls of a part."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""INCONCLUSIVE: largest change by rounding ties in a conclusive element, relative to the sum of its terms' magnitudes.
+"""INCONCLUSIVE: an element is conclusive if rounding ties change it by at most this fraction of the sum of the
+magnitudes of the element's terms.
 MOST_INCONCLUSIVE: maximum fraction of inconclusive elements."""
 FEW = 16
 """Number of inconclusive elements that even a small tensor may have."""
@@ -175,7 +176,7 @@ class SumOverCalls:
     def add_rows(
         self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the experts' gradients. counts: rows of each expert."""
+        """Add the experts' gradients. counts: number of rows of each expert."""
         if self.total is None:
             self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
         rows = zip(here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True)

@@ -27,7 +27,7 @@ class WatchedDispatcher:
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Micro-batch of each dispatch result, by Python's id."""
+        """Maps the Python id of each dispatch result to its micro-batch."""
 
     def start_step(self) -> None:
         """Count micro-batches from 0 again."""

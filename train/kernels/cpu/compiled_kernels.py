@@ -1,6 +1,7 @@
 """The kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
 
-Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors.
+Shapes as in train/model/operations.py. On the meta device, the functions create the same tensors as in a run, so
+mode=plan can count their memory.
 """
 
 import torch

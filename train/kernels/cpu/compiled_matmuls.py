@@ -121,7 +121,7 @@ def run_matmuls(
         and 0 <= place <= place + rows * columns <= places
         for first, rows, of, begin, end, place in parts
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
-    # Naming costs 1 % of a small model's step, so only a profiler gets it.
+    # Naming costs 1 % of a small model's step, so the call has a name only while a profiler runs.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
         _matmuls(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 

@@ -1,6 +1,7 @@
 """Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors.
+Shapes as in train/model/operations.py. On the meta device, the functions create the same tensors as in a run, so
+mode=plan can count their memory.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -57,7 +58,9 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Declares the function from projections (q, kv, shared) to queries, keys and values; `back`: the reverse."""
+    """Declares the function that computes queries, keys and values from projections (q, kv, shared). back: whether it
+    computes the reverse.
+    """
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(

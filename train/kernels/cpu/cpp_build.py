@@ -24,7 +24,7 @@ from cluster.comm_ring import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
-"""Compiler flags. Rounding the bits of non-finite values needs -fwrapv."""
+"""Compiler flags. The code that rounds the bits of non-finite values overflows, so it needs -fwrapv."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
 """Maps the machine type to flags for the CPU's widest vectors."""
 

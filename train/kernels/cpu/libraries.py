@@ -1,7 +1,7 @@
 """Loads the compiled libraries for a CPU, and decides whether this machine can use them.
 
-The libraries compute in bf16 and need AVX-512 or AVX2, and a C++ compiler. Otherwise torch operations do the same work,
-as for matmuls where torch is faster.
+The libraries compute in bf16 and need AVX-512 or AVX2, and a C++ compiler. Otherwise torch operations do the same work.
+Torch also computes the matmuls if it is faster.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls 80 % of the FM
 
 @cache
 def why_absent() -> str | None:
-    """Returns why this machine cannot use the libraries, or None. The first call builds them, for seconds."""
+    """Returns why this machine cannot use the libraries, or None. The first call builds them, which takes seconds."""
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
@@ -39,9 +39,9 @@ def why_absent() -> str | None:
 def compiled_matmuls_pay(measured: bool = True) -> bool:
     """Returns whether compiled matmuls are faster than torch's matmuls on this CPU.
 
-    Compiled matmuls use fp32 FMA instructions. torch's matmuls use bf16 instructions: twice the work, in two or four
-    times the time, depending on the CPU. So the function measures the rate. On CPUs with AMX, torch is always faster.
-    SLUICE_PRODUCTS=compiled or SLUICE_PRODUCTS=torch overrides the decision.
+    Compiled matmuls use fp32 FMA instructions. torch's matmuls use bf16 instructions. A bf16 instruction does the work
+    of two FMA instructions, but takes the time of two or four, depending on the CPU. So the function measures the rate.
+    On CPUs with AMX, torch is always faster. SLUICE_PRODUCTS=compiled or SLUICE_PRODUCTS=torch overrides the decision.
 
     measured: whether to measure. If not, compiled matmuls are used on CPUs without bf16 instructions.
     """

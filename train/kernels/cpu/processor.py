@@ -10,8 +10,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 SPINS = "10000"
-"""Spins of an OpenMP thread before it sleeps: about ten microseconds. The default of milliseconds slows other processes
-on the same cores.
+"""Number of spin iterations of an OpenMP thread before it sleeps: about ten microseconds. The default of milliseconds
+slows other processes on the same cores.
 """
 PRIMITIVES = "16"
 """Size of torch's cache of oneDNN primitives (matmuls prepared for one shape). torch's default of 1024 needs 160 MB

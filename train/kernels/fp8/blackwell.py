@@ -12,8 +12,8 @@ kernels (2.11 to 2.13):
 - In Wgrad the scales of each expert form a separate matrix.
 - The kernel does not write the gradient of an expert without rows. So Sluice gives such an expert a tile of zeros.
 
-Inputs saved in tiles of 128 are processed as on Hopper. Shape suffixes: as in train/kernels/fp8/hopper.py; T groups of
-four scales along the contraction.
+If the cast of a saved input has tiles of 128, the engine quantises this input as on Hopper. Shape suffixes: as in
+train/kernels/fp8/hopper.py; T groups of four scales along the contraction.
 """
 
 from collections.abc import Callable

@@ -97,7 +97,7 @@ class CompiledCasts(EagerCasts):
         return values
 
     def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
-        """Quantise into q: codes or values, by q's dtype."""
+        """Quantise x, and write codes or values to q. The dtype of q decides which."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)
@@ -112,7 +112,7 @@ def load_casts() -> CompiledCasts:
 
 
 def _cast(x: Tensor | QuantizedTensor, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
-    """Cast into q and scale. Without scale, q gets values times their scales."""
+    """Cast x, and write the result to q and scale. If scale is None, q gets the dequantised values."""
     x = _contiguous(x)
     source = (x.q, x.scale, x.cast) if isinstance(x, QuantizedTensor) else (x, None, Cast(E4M3, (1, 1), False))
     _cast_matrices(*_memory(*source), *_memory(q, scale, cast), cast.floor, cast.pow2)

@@ -88,7 +88,9 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Returns whether torch computes the matmul: no scales, and compiled matmuls are not faster."""
+        """Returns whether torch computes the matmul. It does if the operands have no scales and compiled matmuls are
+        not faster.
+        """
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
@@ -155,7 +157,7 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """Returns an operand's scales and a shift: a scale applies to 1 << shift rows and a tile of C."""
+    """Returns an operand's scales and a shift. A scale applies to 1 << shift rows and to one tile along C."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

@@ -45,11 +45,12 @@ Source = Tensor | QuantizedTensor | RoundedTensor
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
-"""Metadata of a `Source`: cast and shape (`QuantizedTensor`), cast (`RoundedTensor`), or None."""
+"""Metadata of a `Source`: cast and shape of a `QuantizedTensor`, cast of a `RoundedTensor`, or None for a plain tensor.
+"""
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns all sources' tensors to save, and a `SourceForm` each for `unpack_sources`."""
+    """Returns all sources' tensors, which autograd can save, and one `SourceForm` per source for `unpack_sources`."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -176,7 +177,7 @@ class HeldWeights:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Build the operands of earlier steps. Store every operand until `drop`."""
+        """Build all operands that earlier steps used. Store every operand until `drop`."""
         self.drop()
         self._holds = True
         for (name, transposed), rule in self._asked.items():
@@ -188,7 +189,7 @@ class HeldWeights:
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Returns the bytes of stored operands that share no memory with weights."""
+        """Returns the number of bytes of the stored operands that share no memory with weights."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}

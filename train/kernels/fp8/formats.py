@@ -15,9 +15,9 @@ from torch import Tensor
 from parallel.expert.wire import TILE
 
 MX_TILE = 32
-"""Values that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
+"""Number of values that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Lower bound of the max-abs, for positive scales (paper 3.3.2)."""
+"""Lower bound of the max-abs, so that every scale is positive (paper 3.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Cast:
 
     format: Format
     block: ScaleBlock
-    """Rows and columns of a scale, limited by `fitted`."""
+    """Rows and columns of a block, whose values share a scale. `fitted` limits the block to the tensor."""
     pow2: bool
     """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR

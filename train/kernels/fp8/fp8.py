@@ -106,7 +106,7 @@ class Fp8Precision:
     def start_step(self, step: int, hold_weights: bool = False) -> None:
         """Start a step. Every `precision.fp8.health.every` steps, the matmuls are checked.
 
-        hold_weights: whether to cast each weight only once, so that none may change before `end_passes`.
+        hold_weights: whether to cast each weight only once. Then no weight may change before `end_passes`.
         """
         self._health.start_step(step)
         if hold_weights:

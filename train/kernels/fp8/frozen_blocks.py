@@ -1,7 +1,7 @@
 """Stores frozen weights only in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block.
 
-Each matrix is stored as bytes: first its scales, then its codes. With a floating-point dtype, DeepSpeed would round
-them, and gloo could not gather FP8. Each matmul and each backward compute the values again.
+Each matrix is stored as bytes: first its scales, then its codes. If the parameter had a floating-point dtype, DeepSpeed
+would round it, and gloo could not gather FP8. Each matmul and each backward compute the values again.
 
 Shapes: E experts, M rows, K columns, m and k blocks of rows and columns, B bytes of a matrix.
 """

@@ -31,7 +31,7 @@ class PaddedGroups:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each expert. Reading them makes the host wait."""
+        """Number of rows of each expert. Reading it makes the host wait."""
         return self._counts_E.tolist()
 
     @cached_property
@@ -46,8 +46,8 @@ class PaddedGroups:
 
     @cached_property
     def rows(self) -> int:
-        """Number of rows P that the GEMMs read. It is the maximum, with zero rows, if the host does not know the
-        counts.
+        """Number of rows P that the GEMMs read. If the host does not know the counts, P is the largest possible number,
+        and unused rows are zero.
         """
         if self._rows is None:
             return sum(self.padded)
@@ -104,7 +104,7 @@ class PaddedGroups:
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
     def real(self, step: int = 1) -> list[slice]:
-        """Returns each expert's slice of the P rows, with a multiple of `step` (which divides 128) rows."""
+        """Returns each expert's slice of the P rows. Its length is a multiple of `step`, which must divide 128."""
         ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
         return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]
 

@@ -147,9 +147,9 @@ class Report:
     """Results of one monitored step."""
 
     metrics: dict[str, float]
-    """Worst value of all layers, by fp8_SUBJECT_NAME (fields of `Reading`)."""
+    """Maps fp8_SUBJECT_NAME to the worst value of all layers. SUBJECT and NAME are fields of `Reading`."""
     layers: dict[str, dict[str, float]]
-    """Maps layer_fp8_SUBJECT_NAME to a value for each layer."""
+    """Maps layer_fp8_SUBJECT_NAME to the values of the layers, by layer name."""
     warnings: list[str]
     """One warning for every limit that a layer exceeded."""
 

@@ -62,7 +62,7 @@ class GroupedMatmuls(Protocol):
     """The two kinds of grouped GEMMs, on operands with at least one row."""
 
     flat: bool
-    """Whether an operand of `wgrad` is flat, one matrix per expert."""
+    """Whether an operand of `wgrad` is flat: one matrix per expert, one after another."""
     counted: bool
     """Whether the host must know each expert's number of rows."""
 
@@ -275,7 +275,7 @@ class HopperEngine:
         return self._casts.swiglu_backward(h.q, gates_P, da_PF, h.scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        # The same kernel gives the same bits of `a`. Its other results are ignored; da is zero.
+        # The same kernel gives the same bits of `a`. Its other results depend on da, which is zero, and are ignored.
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 

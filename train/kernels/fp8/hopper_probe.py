@@ -39,7 +39,7 @@ MATMUL_BOUND = 1e-2
 Hopper's tensor cores add an error. A misplaced scale or row causes at least 0.1.
 """
 PROBE_TAIL = 1500
-"""Last characters of the child's output in an error message."""
+"""Number of characters from the end of the child's output that an error message shows."""
 
 
 def probe(config: Config, device: int = 0) -> str:
@@ -119,7 +119,7 @@ class Trial:
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
-    """Computes the GEMM with an engine. The function moves a tensor to the engine's device."""
+    """Computes the GEMM. Arguments: an engine, and a function that moves a tensor to the engine's device."""
 
 
 def wrong_matmuls(

@@ -20,7 +20,8 @@ TORCH_OF_DEEP_GEMM = (2, 11)
 """The torch version for DeepGEMM, whose first call aborts with 2.12 and 2.13 (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""Version shown for a deep_gemm that is not the package DEEP_GEMM. The probe tests it too."""
+"""Version shown if the installed module deep_gemm is not from the package DEEP_GEMM. The probe tests such a module too.
+"""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
@@ -182,7 +183,7 @@ def version(package: str) -> str | None:
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
-    """Returns up to three numbers at the start of a text."""
+    """Returns up to three numbers at the start of a version text."""
     return tuple(map(int, re.findall(r"\d+", (text or "").partition("+")[0])[:3]))
 
 

@@ -14,8 +14,8 @@
                 a, dh, dgate from D(Q(h)) and da   SwiGLU's output is recomputed (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
-The saved input may have another cast than in Fprop. If the model saves or recomputes the original input anyway
-(`train.model.recompute`), the layer saves nothing, and backward casts the original again.
+The cast of the saved input may differ from the cast in Fprop. If the model saves or recomputes the original input
+anyway (`train.model.recompute`), the layer saves nothing, and backward casts the original again.
 
 If the dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast,
 the arrived codes are Q(x) and Q(dy).
@@ -146,7 +146,9 @@ def expert_ffn(
     """Computes the SwiGLU FFN of every expert for the expert's rows. Returns (R, D) in the rows' dtype.
 
     rows_RD: rows sorted by expert. They and the gradient of the result may be `QuantizedRows`.
-    weights, probes, added: pairs, for w13 and for w2.
+    weights: w13 (E, 2F, D) and w2 (E, D, F).
+    probes: compute the health readings of w13 and of w2; None: no readings.
+    added: adapters of w13 and of w2; None where there is no adapter.
     kernels: compute the adapters' matmuls in bf16 or fp32.
     """
     groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD)), weights
@@ -168,7 +170,7 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Converts rows between the layouts of the GEMMs and of the dispatcher, and gradients back."""
+    """Converts rows between the layouts of the GEMMs and of the dispatcher. Backward converts the gradient back."""
 
     @staticmethod
     def forward(ctx, rows, there, back):
@@ -265,7 +267,7 @@ class _Down(Function):
 
 
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
-    """Returns the rows in the layout of the GEMMs. They stay codes if they arrived in the rule's cast."""
+    """Returns the rows in the layout of the GEMMs. Rows that arrived quantised with the rule's cast stay quantised."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.cast() == cast:

@@ -31,7 +31,7 @@ class QuantizedTensor:
     scale: Tensor
     """Scales (..., ceil(M / rows), ceil(K / columns)), fp32."""
     cast: Cast
-    """The cast of q and scale, fitted to the tensor."""
+    """The cast that produced q and scale. Its block is at most as large as the tensor."""
     shape: torch.Size
     """Shape of the tensor, (..., M, K), without padding."""
 

@@ -1,4 +1,4 @@
-"""SwiGLU multiplied by the router's gate value (paper 3.3.3; DeepSeek TileKernels), plain form.
+"""SwiGLU times the router's gate value, in torch operations (paper 3.3.3; DeepSeek TileKernels).
 
     forward    a = silu(g) * u * w                         g and u the halves of h, w the row's gate value
     backward   du = da * w * silu(g)

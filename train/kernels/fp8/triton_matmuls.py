@@ -31,14 +31,16 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Adjacent row tiles that consecutive programs compute for one column tile, so that they share the right operand."""
+"""Number of adjacent row tiles that consecutive programs compute for one column tile. These programs share the tile of
+the right operand.
+"""
 WARPS, STAGES = 8, 4
-"""Warps and pipeline stages of a program. Eight warps are two warpgroups of 64 rows each. A stage has 32 KiB of shared
-memory, or 48 KiB for two tiles.
+"""Number of warps and of pipeline stages of a program. Eight warps are two warpgroups of 64 rows each. A stage has 32
+KiB of shared memory, or 48 KiB for two tiles.
 """
 LANES = 32
-"""Threads of a warp. With vectors of at least this length, the compiler knows that all threads run equally many steps
-(Triton 3.7.1).
+"""Threads of a warp. The vectors that determine the number of steps have at least this length. Then the compiler knows
+that all threads run the same number of steps (Triton 3.7.1).
 """
 
 
@@ -49,7 +51,7 @@ def _named(kernel: str, specialization) -> str:
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Returns a program's tile (m, n). Programs compute all m of a band for one n, then for the next."""
+    """Returns a program's tile (m, n). Programs compute all m of a band for one n, then all m for the next n."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -92,8 +94,8 @@ def _matmul_kernel(
             next_right += 128
         left, right = left + 128, right + 128
         left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
-    # Add a zero that the compiler does not know. So it computes the offsets of the results only here, and the loop has
-    # more registers.
+    # Add a zero that the compiler cannot recognise as zero. So it computes the offsets of the results only here, and
+    # the loop has more registers.
     inside += scale_rows >> 31
     row = width if tiles == 2 else width_out
     out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
@@ -198,7 +200,7 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Returns how many adjacent tiles a program computes, 1 or 2. tiles_m: row tiles."""
+    """Returns how many adjacent tiles a program computes, 1 or 2. tiles_m: number of row tiles."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # in other cases the compiler unrolls the loop

@@ -19,10 +19,10 @@ The input of `quantize_columns` may be quantised, so one pass converts a saved i
 The number of columns must be a multiple of 128, and for weights also the number of rows; the caller pads. Activations
 may have any number of rows. Missing rows of the last tile count as zeros, and are written only if a GEMM reads them.
 
-Only `quantize_mx` accepts any strides and sizes. It writes E8M0 scales, bytes with the exponent of a power of two plus
-127, in the layout of Blackwell's GEMMs (cuBLAS 13, "1D Block Scaling Factors Layout"). A block of 128 rows by 4 scales
-has 512 bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). Blocks of the same rows are adjacent, in
-the order of the contraction.
+Only `quantize_mx` accepts any strides and sizes. It writes E8M0 scales in the layout of Blackwell's GEMMs (cuBLAS 13,
+"1D Block Scaling Factors Layout"). An E8M0 scale is a byte: the exponent of a power of two, plus 127. A block of 128
+rows by 4 scales has 512 bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). Blocks of the same rows
+are adjacent, in the order of the contraction.
 
 The module needs triton. Shape suffixes: R rows, P rows of whole tiles, C columns, Q columns of whole tiles.
 """
@@ -39,7 +39,7 @@ from train.kernels.fp8.groups import most_tiles, on_device
 QUANTIZE_ROWS = 32
 """Number of rows that a program quantises."""
 BACKWARD_ROWS = 8
-"""Rows of a program of `swiglu_backward`, limited by registers."""
+"""Number of rows that a program of `swiglu_backward` processes. The number of registers limits it."""
 QUANTIZE_COLUMNS = 32
 """Number of columns that a program of `quantize_columns` quantises."""
 
@@ -66,7 +66,8 @@ def _cast(scaled, maximum: constexpr, dtype: constexpr):
 
 @triton.jit
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns the end of each expert's rows, and its number of tiles of 128 rows. least: minimum number of tiles.
+    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows. least: minimum number of
+    tiles per expert.
 
     The results have `slots` entries, a power of two. Entries after the last expert have 0 tiles.
     """
@@ -78,7 +79,9 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns a tile's expert, its first row, and the expert's end. Tiles past the last expert are empty."""
+    """Returns a tile's expert, the tile's first row, and the end of the expert's rows. Tiles past the last expert are
+    empty.
+    """
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
@@ -208,7 +211,7 @@ def _both_kernel(
 ):  # fmt: skip
     """Computes what `_tiles_kernel` and `_columns_kernel` compute, for 128 rows and 128 columns.
 
-    again: whether to apply the second cast to the result of the first, which is not stored.
+    again: whether to apply the second cast to the result of the first cast. The first result is then not stored.
     """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
@@ -390,7 +393,9 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 def quantize_both(
     x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns `quantize_tiles` with the first cast, unpadded if ends_E, and `quantize_columns` with the second."""
+    """Returns the results of `quantize_tiles` with the first cast, and of `quantize_columns` with the second. If ends_E
+    is given, the first result has no padding rows.
+    """
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
@@ -468,7 +473,9 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns `quantize_tiles`, without padding rows, of SwiGLU's output (P, F), and of h with the cast `cache`."""
+    """Returns two results of `quantize_tiles`, without padding rows: of SwiGLU's output (P, F) with `cast`, and of h
+    with the cast `cache`.
+    """
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
@@ -526,7 +533,7 @@ def quantize_mx(
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:
-    """Returns the sizes of a contiguous tensor with a multiple of 128 columns."""
+    """Returns the tensor's last two sizes. Asserts that it is contiguous, with a multiple of 128 columns."""
     rows, columns = x_RC.shape[-2:]
     assert x_RC.is_contiguous(), "kernels read row by row"
     assert columns % TILE == 0, f"{columns} columns are not whole tiles"

@@ -1,9 +1,9 @@
 """The attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core for a run.
 
 One kernel call can compute several consecutive documents of a sequence. Queries see keys up to the diagonal of their
-document, so the call needs no mask. Any other rectangle of queries and keys needs a separate call. A call with one
-sequence may have any length; calls with all sequences have few different lengths. So a run may use two cores
-(`AttentionByKind`).
+document, so the call needs no mask. Any other rectangle of queries and keys needs a separate call. Calls with all
+sequences have few different lengths; a call with one sequence may have any length. So the fastest core may differ
+between the two kinds of calls (`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
@@ -24,7 +24,9 @@ ATEN = torch.ops.aten
 LSE_ROWS = 32
 """The memory-efficient kernel pads log-sum-exps to multiples of this many queries."""
 WASTE = 4
-"""Largest ratio of allocated log-sum-exps to queries in a call. Every document gets as many as the longest."""
+"""Largest ratio of allocated log-sum-exps to queries in a call. A kernel call allocates as many log-sum-exps for every
+document as for its longest document.
+"""
 
 
 class _Documents(NamedTuple):
@@ -61,7 +63,7 @@ def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = 
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups rectangles of queries and keys by kernel call, which only consecutive documents can share."""
+    """Groups rectangles of queries and keys by kernel call. Only consecutive documents can share a call."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -125,7 +127,7 @@ class EfficientAttention(PlainAttention):
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, scale, seen = given[:3], given.scale, given.seen
-        # The kernel ignores the output's strides: positions, heads, width.
+        # The kernel ignores the output's strides, and assumes the order positions, heads, width.
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
         grads: tuple[Tensor, ...] | None = None
         for call in seen.once(calls, dout_BHTV.device, self.waste):
@@ -265,7 +267,7 @@ class CudnnAttention(EfficientAttention):
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Sizes of the log-sum-exp's further axes, by torch version."""
+        """Sizes of the log-sum-exp's axes after the third, which depend on the torch version."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"

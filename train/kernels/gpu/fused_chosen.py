@@ -6,8 +6,8 @@ are rounded to bf16.
 The gradients of latents are sums over queries and heads. For a few queries at a time, a matmul sums over heads, and
 torch's `index_add_` adds the resulting rows to the keys' rows.
 
-Meta tensors cause the same allocations as real tensors. Shapes as in train/kernels/plain/plain_chosen.py; W = 2H: heads
-of ds or q, then heads of p or du.
+On the meta device, the functions create the same tensors as in a run. Shapes as in train/kernels/plain/plain_chosen.py;
+W = 2H: first the heads of ds or q, then the heads of p or du.
 """
 
 import torch

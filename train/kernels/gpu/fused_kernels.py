@@ -64,7 +64,7 @@ class FusedKernels(PlainKernels):
             return super().matmul(left_OC, right_NC, dtype, into_ON)
         if left_OC.is_meta:
             return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
-        if not left_OC.is_cuda:  # torch has neither on a CPU; results differ only in the order of sums
+        if not left_OC.is_cuda:  # torch has neither operation on a CPU; results differ only in the order of sums
             return super().matmul(left_OC.float(), right_NC.float(), dtype, into_ON)
         if into_ON is None:
             return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)

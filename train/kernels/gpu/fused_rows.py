@@ -1,7 +1,7 @@
 """Computes SwiGLU and the split into heads on a GPU with the kernels of train/kernels/gpu/triton_rows.py.
 
-Only the first call imports Triton, because mode=plan also runs without it. Meta tensors allocate the same memory as
-real tensors. Shapes as in train/model/operations.py.
+Only the first call imports Triton, because mode=plan also runs without it. On the meta device, the functions create the
+same tensors as in a run, so mode=plan can count their memory. Shapes as in train/model/operations.py.
 """
 
 import torch

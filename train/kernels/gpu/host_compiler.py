@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.errors import UserError
 
 COMPILERS = ("gcc", "clang")
-"""Compilers that Triton searches for on the PATH without CC."""
+"""Compilers that Triton searches for on the PATH if CC is not set."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
@@ -26,7 +26,7 @@ PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 COMPILER_SECONDS = 60.0
 """Time limit in seconds for a compilation, usually under one."""
 COMPILER_TAIL = 600
-"""Last characters of the compiler's output in an error message."""
+"""Number of characters from the end of the compiler's output that an error message shows."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 

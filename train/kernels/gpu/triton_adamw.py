@@ -18,24 +18,28 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Elements that a program processes in total, and at a time."""
+"""Number of elements that a program processes in total, and at a time."""
 ALIGNED = 16
-"""If it divides all piece addresses (bytes) and sizes (elements), threads read 128 bits at a time."""
+"""If all piece addresses (in bytes) and sizes (in elements) are multiples of this number, threads read 128 bits at a
+time.
+"""
 
 
 class _Layout(NamedTuple):
-    """How pieces of memory are cut into chunks, one per program; int64 on the device."""
+    """Describes how pieces of memory are cut into chunks, one chunk per program. Tensors are int64 on the device."""
 
     starts: Tensor
-    """Index of every piece's first element among all pieces, then the number of elements."""
+    """Index of every piece's first element, counted over all pieces. The last entry is the total number of elements."""
     first_chunks: Tensor
-    """Index of every piece's first chunk, then the number of chunks."""
+    """Index of every piece's first chunk. The last entry is the total number of chunks."""
     piece_of_chunk: Tensor
 
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """Returns the address of this program's piece, the chunk's start in it, the piece's start, and its size."""
+    """Returns the address of this program's piece, the start of the chunk in the piece, the start of the piece among
+    all pieces, and the size of the piece.
+    """
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start
@@ -142,7 +146,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """Returns the pieces' layout, their addresses, and whether all are multiples of ALIGNED."""
+    """Returns the pieces' layout, their addresses, and whether all addresses and sizes are multiples of ALIGNED."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]

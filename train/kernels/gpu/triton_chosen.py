@@ -1,12 +1,13 @@
 """Triton kernels of attention over chosen keys. train/model/chosen_attention.py has the formulas.
 
-Each program gathers latents of one query's keys into shared memory and multiplies them there. So gathered latents are
-never in global memory, only the attention probabilities of a block of queries.
+Each program gathers latents of one query's keys into shared memory and multiplies them there. So global memory never
+contains gathered latents, but only the attention probabilities of a block of queries.
 
 Operands of matmuls are in the dtype of the queries. Sums are in fp32, and one program computes each sum. The module
 needs triton.
 
-Shapes as in train/kernels/plain/plain_chosen.py; W weights of each key: one for each head, in backward two.
+Shapes as in train/kernels/plain/plain_chosen.py; W weights of each key: one for each head; in backward two for each
+head.
 """
 
 from typing import Any
@@ -129,7 +130,8 @@ def weights(
     rank: int,
     scale: float,
 ) -> None:
-    """Writes attention probabilities p and their means over heads; with `mean_CH`, writes ds and then p.
+    """Writes attention probabilities p and their means over heads. If `mean_CH` is given, writes along the axis W first
+    ds of all heads, then p of all heads.
 
     rows_CWX: q; with `mean_CH`, q and then du (`PlainChosen.attend_backward`).
     """
@@ -146,7 +148,7 @@ def weights(
 
 
 def sum_latents(weights_CKW: Tensor, latents_SX: Tensor, chosen_CK: Tensor, out_CWX: Tensor, rank: int) -> None:
-    """Writes the sums of latents with these weights."""
+    """Writes the sums of latents, each multiplied by its weight."""
     _launch(_chosen_sums_kernel, (weights_CKW, latents_SX, chosen_CK, out_CWX), weights_CKW.size(2), (), (), rank, 64)
 
 

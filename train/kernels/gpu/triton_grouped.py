@@ -15,9 +15,9 @@ from torch import Tensor
 from parallel.triton_types import constexpr, quick, with_options
 
 TILE_O, TILE_I, STEP_R = 128, 128, 64
-"""Height and width of a tile, and rows that a program reads at a time."""
+"""Height and width of a tile, and number of rows that a program reads at a time."""
 NEIGHBOURS = 8
-"""Adjacent tiles along O before the next tile along I, to keep operands cached."""
+"""Number of adjacent tiles along O that programs compute before the next tile along I, to keep operands cached."""
 
 
 @quick

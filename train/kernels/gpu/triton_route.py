@@ -3,7 +3,7 @@
 The results differ from train/kernels/plain/routing.py only in the order of sums over experts and tokens.
 
     forward     scores, choice, gate values; and for each block of tokens the sums that the router's counters need
-    finish      adds these sums to the router's counters, in the order of the tokens: no atomic addition
+    finish      adds these sums to the router's counters, in the order of the tokens, without atomic additions
     backward    the gradient of the logits
 
 The module needs triton. Shapes as in train/kernels/plain/routing.py; EXPERTS, GROUPS and CHOSEN are E, G and K rounded
@@ -20,12 +20,14 @@ from train.model.operations import RouterCounters, RoutingRule
 ROUTE_TOKENS = 8
 """Number of tokens of one sequence that a program processes."""
 SUM_BLOCKS = 16
-"""Token blocks whose sums one iteration of the loop adds."""
+"""Number of token blocks whose sums one iteration of the loop adds."""
 
 
 @triton.jit
 def _largest(values, last: constexpr):
-    """Returns the index of the largest value along the last axis (at most `last`), the lowest of equal values."""
+    """Returns the index of the largest value along the last axis. Of equal values, the lower index wins. With NaN, the
+    index is at most `last`.
+    """
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
 
@@ -204,7 +206,8 @@ def finish_route(
     weight: float,
     added: bool,
 ) -> None:
-    """Add up the sums of all blocks; with a balance loss, also the experts' counts among the largest scores.
+    """Add up the sums of all blocks. With a balance loss, also compute how often each expert has one of the largest
+    scores.
 
     added: whether to add the totals to the router's counters.
     """

@@ -16,11 +16,11 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
-"""Rows and columns that a SwiGLU program processes at a time, 128 bits per thread."""
+"""Number of rows and number of columns that a SwiGLU program processes at a time. Each thread reads 128 bits."""
 HEAD_POSITIONS = 16
-"""Positions that a program of `heads` processes, for one head."""
+"""Number of positions that a program of `heads` processes, for one head."""
 BACKWARD_TOKENS = 8
-"""Positions that a program of `heads_backward` processes, for all heads."""
+"""Number of positions that a program of `heads_backward` processes, for all heads."""
 
 
 @quick

@@ -1,8 +1,8 @@
 """Grouped matmuls: each row is multiplied by the weight of its expert.
 
 Functions with `rows`, the number of rows of each expert, are for bf16 on a CPU. oneDNN compiles a kernel for every new
-shape, in about 0.4 ms. So row counts are rounded up to a multiple of `expert_rows` (conf/thresholds.py). A matmul by
-rows also processes some rows of the next expert, whose matmul then overwrites the results.
+shape, in about 0.4 ms. So row counts are rounded up to a multiple of `expert_rows` (conf/thresholds.py). The matmul of
+one expert then also processes some rows of the next expert, whose own matmul overwrites these results.
 
 Functions with `ends_E`, the end of each expert's rows (int32), use torch's grouped matmul.
 

@@ -47,12 +47,14 @@ class _Whole:
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
         """Returns the frequency f of equation 18, (N, E).
 
-        best_NE: positions at which each expert has one of the top_k largest scores.
+        best_NE: number of positions at which each expert has one of the top_k largest scores.
         """
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """Returns this rank's part of P in equation 20, (N, E): each expert's sum of normalised scores / positions."""
+        """Returns this rank's part of P in equation 20, (N, E): each expert's sum of normalised scores, divided by the
+        number of positions.
+        """
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
