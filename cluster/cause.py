@@ -59,7 +59,7 @@ CURE_OF_EXITS = (
 
 
 class Kind(Enum):
-    """Kind of failure that ended an attempt, each with its own failure budget."""
+    """Kind of failure that ended an attempt. Each kind has its own failure budget."""
 
     user = "bad input"
     node = "node lost"
@@ -87,7 +87,7 @@ class Failure:
     headline: str = ""
     """The failure in one line; empty if `message` has it."""
     whole: str = ""
-    """The traceback of the first error and all that followed; empty if none followed."""
+    """The tracebacks of the first error and of all errors that followed; empty if no error followed."""
 
     def write(self, logs: Path) -> None:
         """Write the report. On a full disk, a shortened report uses the space that `begin_work` reserved. Raises
@@ -131,7 +131,7 @@ class RankReport:
     phase: str = "start"
     """Phase: start, step, validation, checkpoint, or a callback's hook."""
     busy: float | None = None
-    """Seconds of the last step without waits for other ranks, or None."""
+    """Seconds of the last step, not counting its waits for other ranks; None if unknown."""
     seconds: float | None = None
     """Seconds of the last step, including the waits for other ranks."""
     memory: int = 0

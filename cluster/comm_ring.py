@@ -40,7 +40,7 @@ MOST_RANKS = 1 << 20
 RING_BYTES = 16 << 20
 """Maximum bytes that a reader reads from a ring file."""
 RECORDS = 8192
-"""Number of records in a ring: some steps of a large layout."""
+"""Number of records in a ring; enough for some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Byte offsets of the current state, the table and the records."""
 HEADER = struct.Struct("<12sIIIIId32s")
@@ -102,7 +102,7 @@ class CommRecord(NamedTuple):
     received: int
     """Numbers of sent and of received elements."""
     peer: int
-    """Rank at the other end of a message; -1 otherwise."""
+    """Rank at the other end of a message; -1 for a collective."""
     step: int
     phase: str
     layer: int
@@ -193,7 +193,7 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """Count a unit of work or, if not 0, `written` bytes of a checkpoint."""
+        """Count one unit of work. If `written` is not 0, count this number of checkpoint bytes instead."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 

@@ -108,7 +108,7 @@ def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
 
 
 def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
-    """Return all waits of these ranks, by start time."""
+    """Return all waits of these ranks, sorted by start time."""
     entered, waits = _entered(traces), []
     for rank, trace in traces.items():
         for record in trace.blocked:
@@ -199,7 +199,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Find, among ranks that wait for each other, the rank that differs from its last step."""
+    """Find, among ranks that wait for each other, the rank whose step differs from its own last step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

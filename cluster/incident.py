@@ -40,7 +40,7 @@ from conf.words import one_line, say, steps_in_words
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates fault and consequence in a text. Earlier versions wrote "what failed of it"."""
+"""Matches the words between fault and consequence in a text. Earlier versions wrote "what failed of it"."""
 SHOWN_RECORDS = 40
 """Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
@@ -290,7 +290,7 @@ PASSED = "passed"
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """Return the warning about the ranks that block a run. text: about these ranks."""
+    """Return the warning about the ranks that block a run. text: sentence about these ranks."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 

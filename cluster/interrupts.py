@@ -72,7 +72,7 @@ class Interrupts:
     def __init__(self) -> None:
         """Handle Ctrl-C from now on. Create it before the command's imports."""
         self.code = EXIT_INTERRUPTED
-        """Exit code after Ctrl-C; after the command has returned, the command's exit code."""
+        """Exit code of this process: that of Ctrl-C or, after the command has returned, the code of the command."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 

@@ -113,7 +113,7 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """Return ranks as text: of more than 8, the first two and the last."""
+    """Return ranks as text. If there are more than 8, the text has only the first two and the last."""
     ranks = sorted(ranks)
     if len(ranks) > 8:
         return f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}]"

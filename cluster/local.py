@@ -43,7 +43,8 @@ RANKS_LOOK_SECONDS = 0.05
 """Seconds after which the driver checks the ranks again."""
 Child = subprocess.Popen | ForkedProcess
 StartRank = Callable[[dict[str, str], IO | None], Child]
-"""Starts a rank with these environment variables and this output file, or the terminal."""
+"""Starts a rank with these environment variables. The second argument is the file for its output; None for the
+terminal."""
 CLOSE = 60.0
 """Maximum seconds for ranks to end by themselves after a failure."""
 

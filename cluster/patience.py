@@ -3,7 +3,7 @@
 A run is late if its silence is longer than its earlier silences plus a margin. A run is ended if no rank has completed
 a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
-Until a first phase of a kind is complete, other limits apply: `cluster.hang_after` during steps, and
+Until the run has completed a first phase of a kind, other limits apply: `cluster.hang_after` during steps, and
 `cluster.start_timeout` in other phases and before an attempt's first complete step.
 """
 
@@ -17,7 +17,7 @@ STEP_PHASES = (STEP_PHASE, "on_step")
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may be slow."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""Minimum seconds of silence before a run is late, during steps and in other phases."""
+"""Minimum seconds of silence before a run is late: first during steps, then in other phases."""
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0

@@ -100,8 +100,8 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """Return the ranks whose collective differs from other groups with equal label and size. Return none if these
-    groups differ among themselves.
+    """Return the ranks whose collective differs from the collective of the other groups with equal label and size.
+    Return none if these other groups differ among themselves, or if all ranks differ from them.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -177,9 +177,10 @@ def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
 def _against_other(
     trace: RankTrace, mine: CommRecord, other: RankTrace, theirs: CommRecord
 ) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's step differs from another rank's step (the reference).
+    """Find how a rank's step differs from a reference step.
 
-    If an earlier step of the first rank began like the reference, this step is the reference instead.
+    The reference is the newest earlier step of the same rank that began like the other rank's step. If there is none,
+    the other rank's step is the reference.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -206,7 +207,8 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Count the equal pairs from now[i] and before[j] on. A pair from one place in the program counts twice."""
+        """Count the equal pairs (now[i], before[j]), (now[i + 1], before[j + 1]), ... up to the first unequal pair. A
+        pair whose two records come from one place in the program counts twice."""
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
             if not alike(one, other):
@@ -237,7 +239,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return messages whose sender and receiver differ in number or type of elements, with the later start time."""
+    """Return messages that differ in number or type of elements between sender and receiver, each with the later of its
+    two start times."""
     sends = {
         (record.group.name, rank, record.peer, record.seq): record
         for rank, trace in traces.items()

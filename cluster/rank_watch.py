@@ -1,6 +1,6 @@
 """Follows the ranks of an attempt by their reports, and decides whether they make progress.
 
-Only reports update its values, so that a tick of the driver costs little.
+Its values change only when reports arrive, so that a tick of the driver costs little.
 """
 
 from collections import Counter
@@ -32,7 +32,8 @@ class RankWatch:
         """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which ranks first reached the current step, or returned to it from another phase."""
+        """Time at which the current step began: a rank first reached it, or the ranks returned to it from another
+        phase."""
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
@@ -68,7 +69,7 @@ class RankWatch:
         return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Process reports of ranks. Waits for a CPU core are no silence."""
+        """Process reports of ranks. Time in which a rank waits for a CPU core does not count as silence."""
         starved = max(
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
@@ -125,7 +126,8 @@ class RankWatch:
 
     @property
     def silent_since(self) -> float:
-        """Return the time of the last news: in steps, another step or phase; otherwise, a completed unit of work."""
+        """Return the time of the last news. In steps, news is another step or phase of a rank; in other phases, news is
+        a completed unit of work."""
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
@@ -133,15 +135,16 @@ class RankWatch:
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Record that this silence has its warning."""
+        """Record that the user was warned about this silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the seconds of the current silence if it has a warning, else None. Call it when all ranks have ended."""
+        """Return the seconds of the current silence if the user was warned about it, else None. Call it when all ranks
+        have ended."""
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """Return the seconds of an ended silence with a warning, once, else None."""
+        """Return the seconds of an ended silence about which the user was warned, once per silence; else None."""
         if self._late is None or self._late[0] == self._silences:
             return None
         seconds, self._late = self.silent_since - self._late[1], None

@@ -56,7 +56,7 @@ _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Age of a checkpoint. A later attempt is newer at any step."""
+    """Age of a checkpoint. A checkpoint of a later attempt is newer, whatever its step is."""
 
     attempt: int
     step: int

@@ -33,11 +33,11 @@ from conf.words import say
 LOOK_SECONDS = 0.25
 """Seconds between two checks of this rank's progress."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""Seconds of silence before a rank checks the others, and maximum checks per second."""
+"""Seconds of silence before a rank checks the other ranks, and maximum number of ranks checked per second."""
 STACKS_WITHIN_SECONDS = 2.0
 """Seconds to wait for the stacks of this host's other ranks."""
 SAME_INCIDENT_SECONDS = 60.0
-"""Seconds in which a failing rank does not repeat another rank's incident."""
+"""If another rank reported an incident within this number of seconds, a failing rank does not report one again."""
 
 
 class SelfWatch:

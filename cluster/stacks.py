@@ -31,27 +31,27 @@ STACKS_LOOK_SECONDS = 0.05
 """Seconds after which the requested stacks are checked again."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
-"""Command instead of a missing pystack; it prints the fix."""
+"""Command that runs if pystack is missing; it prints how to install pystack."""
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""The prctl option that lets another process and its descendants inspect this process, which Linux's Yama module
-forbids.
+"""The prctl option that lets another process and its descendants inspect this process. Without it, Linux's Yama module
+forbids this.
 """
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 """Running pystack processes by inspected process id, with their deadlines."""
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Prefix of the timer field in /proc/net/tcp while sent data is not acknowledged. A receiver without room has another
-prefix.
+"""Prefix of the timer field in /proc/net/tcp while sent data is not acknowledged. If the receiver's buffer is full, the
+prefix is another one.
 """
 _kept_open: list[IO] = []
 
 
 def answer_requests(logs: Path | None, rank: int) -> None:
-    """Make this process write its stacks at SIGUSR1 to the file `stacks_path`, or without `logs` to stderr. The parent
-    and its children may then inspect it.
+    """Make this process write the stacks of its threads at SIGUSR1: to the file `stacks_path`, or to stderr if `logs`
+    is None. Also allow the parent process and its children to inspect this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:

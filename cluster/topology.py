@@ -11,7 +11,7 @@ group uses few nodes, in one rack if possible. The steps:
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
        from the same rack if possible. A new placement (steps 1 to 3) is used if fewer of its groups span several
-       racks.
+       racks than after these replacements.
 
 All nodes of an expert group hold the same number of its ranks, as the two-hop dispatcher requires.
 """
@@ -149,7 +149,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """Return `near` with a spare for every missing node, or None."""
+    """Return the placement `near` with a spare in place of each missing node; None if too few spares fit."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]

@@ -170,7 +170,7 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """Return `here` by dotted key. A group that is null in `there` becomes one key."""
+    """Return the settings `here`, by dotted key. A group that is null in `there` is one key in the result."""
     found: dict[str, Any] = {}
     for key, value in here.items():
         group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)

@@ -44,8 +44,8 @@ class DispatchFacts:
 
     name: str
     per_expert: bool = False
-    """True: a token is sent once for each of its experts. False: a token is sent once to each node, and inside the node
-    once to each rank, with one of its experts."""
+    """True: a token is sent once for each of its experts. False: a token is sent once to each node that holds one of
+    its experts, and inside the node once to each rank that holds one."""
     by_nodes: bool = False
     """Whether rows are first sent to nodes, and then to the nodes' ranks; see `check_groups`."""
     needs_gpu: bool = False
@@ -92,8 +92,8 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return the sizes of the groups of experts over which the dispatch adds a token's rows: the experts of a rank
-        and, for a second sum, of a node. Empty: it adds no rows."""
+        """Return the number of experts in each sum that the dispatch computes over a token's rows: the experts of a
+        rank and, for a second sum, of a node. Empty if the dispatch adds no rows."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep

@@ -24,7 +24,8 @@ class Bounds:
     most: float = math.inf
     below: float = math.inf
     slip: float = dataclasses.field(default=math.inf, compare=False)
-    """A larger value is certainly a mistake. Errors name this bound only for such values."""
+    """A value above this bound is certainly a mistake. The key's rule leaves this bound out; only the error for such a
+    value names it."""
     what: str = ""
     """Kind of the number, such as share, to explain the bounds."""
 

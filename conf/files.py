@@ -110,8 +110,8 @@ def read_tail(path: Path, most: int) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, or create it, and return its handle. Only users who can write the folder can open the file and
-    block other users."""
+    """Open a lock file, or create it, and return its handle. Only users with write permission for the folder can open
+    the file, so nobody else can block them."""
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
     if found.st_uid == os.geteuid():  # also for a file that an earlier version created, which all users may open
@@ -193,7 +193,8 @@ TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
     """Return the JSON value in a file. Raises UserError if its type is not `kind`.
 
-    field, value, cure: content of this error. value: by default the path. A disk error has another cure.
+    field, value, cure: content of this error. Without `value`, the error names the path. For a disk error, the cure is
+    that of `cure_of_reading`.
     """
     try:
         return parse_json(read_plain_text(path), kind)

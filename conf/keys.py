@@ -109,7 +109,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """Yield the keys of a section and its subsections. expert: whether it is rarely used."""
+    """Yield the keys of a section and its subsections. expert: whether all these keys are rarely used."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -163,7 +163,7 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """Return the members of an enumeration or list of them, if any."""
+    """Return the member names of an enumeration, or of a list's enumeration; empty for any other type."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -231,7 +231,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return a key's value in a configuration as YAML; with a placeholder, its default."""
+    """Return a key's value in a configuration as YAML. For a path with a placeholder, or a key in an absent section,
+    return the key's default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -242,7 +243,7 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """Return a key's default as text, if its section is absent."""
+    """Return the default that the schema gives a key, as text. The path may contain placeholders."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:

@@ -128,7 +128,7 @@ def _value(found: Any) -> dict[str, Any]:
 
 
 def _json_value(default: Any) -> Any:
-    """Return a default as a JSON value, such as a member's name."""
+    """Return a default as a JSON value; the value for an enumeration is the member's name."""
     plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain["_"]

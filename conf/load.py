@@ -1,7 +1,7 @@
 """Composes a checked Config from a command line, with Hydra.
 
 Each folder in conf/ is a Hydra group: conf/conf contains the recipes, the others contain options. The program adds no
-other folder, because its groups could hide keys of the same name.
+other folder, because groups in such a folder could hide keys of the same name.
 """
 
 import contextlib
@@ -148,8 +148,8 @@ def _choose(config: Config) -> Iterator[str]:
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
     """Return the optimizer, and the reason for an unusual choice.
 
-    Adapters use AdamW. An existing run keeps its optimizer. A new run takes its weights' pretraining optimizer, if
-    known.
+    Adapters use AdamW. An existing run keeps its optimizer. A new run takes the optimizer that pretrained its initial
+    weights, if this optimizer is known.
     """
     own = Path(config.runs, config.name, "config.yaml")
     if config.adapter.on:
@@ -184,7 +184,8 @@ def _setting_of(run: Path, key: str) -> Any:
 
 
 def read_config(path: str) -> Config:
-    """Return the configuration of a run folder. Raises UserError if the file calls a function."""
+    """Return the configuration of a run folder. Raises UserError for an invalid file, or for a resolver such as
+    ${oc.env:HOME} in it."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)

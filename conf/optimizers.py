@@ -13,8 +13,8 @@ ADAMW, MUON = "adamw", "muon"
 """Names of optimizers. Old checkpoints without such a name used ADAMW."""
 
 UPDATE_BYTES = 16
-"""Bytes that an update moves per weight element: it reads gradient and weight, writes the weight, and reads it to round
-it."""
+"""Bytes that an update moves per weight element. The update reads the gradient and the weight, writes the weight, and
+reads the new weight again to round it."""
 
 
 @dataclass(frozen=True)

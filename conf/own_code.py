@@ -1,6 +1,7 @@
 """User code, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with arguments as further keys.
 
-A function gets more arguments from its caller. Python searches its module path first, then the folder of the command.
+If Thing is a function, Sluice adds more arguments when it calls Thing. Python searches its module path first, then the
+folder of the command.
 """
 
 import difflib
@@ -120,7 +121,7 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """Raise UserError unless `called` accepts `count` positional arguments. what: text about them."""
+    """Raise UserError unless `called` accepts `count` positional arguments. what: text that names these arguments."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:

@@ -38,7 +38,8 @@ class ScheduleFacts:
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Whether micro-batches run in rounds of about pp. The number of rounds must divide the number of micro-batches."""
+    """Whether micro-batches run in rounds of about pp micro-batches. The number of rounds must divide the number of
+    micro-batches."""
     splits: bool = False
     """Whether a backward is split into I (gradients of inputs) and W (gradients of weights)."""
     pairs: bool = False
@@ -85,10 +86,10 @@ def _inputs(seconds: ActionSeconds) -> float:
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds / (pp - 1), if I <= F pp / (pp - 1); see `ActionSeconds`. It is wrong for the last
-    rank, which has one FB pair that does not overlap.
+    """Return a rank's idle seconds / (pp - 1), if I <= F pp / (pp - 1); see `ActionSeconds`. The result is wrong for
+    the last rank, which has one FB pair that does not overlap.
 
-    If F = I, it equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
+    If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """
     return seconds.pair + seconds.forward - 2 * seconds.weights
 

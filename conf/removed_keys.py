@@ -22,7 +22,7 @@ class RemovedKey:
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether other values change results, not only speed, memory or metrics."""
+    """Whether other values of this key changed results, and not only speed, memory or metrics."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
         """Return the error for this value. place: file with the key, or empty."""
@@ -145,8 +145,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """Return the value in `settings` to which a default such as `${KEY}` refers, else the default itself. package: path
-    of `settings`."""
+    """If the default refers to another key, as `${KEY}` does, return that key's value in `settings`; otherwise return
+    the default. package: path of `settings`."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

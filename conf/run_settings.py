@@ -21,7 +21,8 @@ from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
-"""Fields of data that locate the documents. If one is typed, all come from the command line."""
+"""Keys of section data that locate the documents. If the user types one of them, the run's values of all of them are
+ignored."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:

@@ -238,7 +238,7 @@ class Model:
     @property
     def repeated_layers(self) -> int:
         """Number of blocks that backward recomputes completely, counted from the first block of every stage. If
-        backward recomputes all blocks, the result is `layers`."""
+        backward recomputes all blocks, the result is the number of layers."""
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
@@ -316,27 +316,28 @@ class Data:
     larger file is several."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
     """Property that decides whether a document is held out: content, or name (path of its file in the data, with the
-    line or row). null: the choice of the existing run, or of the run that resume or init_from names; else content.
-    Earlier versions used the name."""
+    line or row). null: an existing run keeps its choice; a new run takes the choice of the run that resume or init_from
+    names, if any, or else content. Earlier versions used the name."""
     template: str | None = None
-    """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
+    """For chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the
+    tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
-    """Chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders messages,
-    tools and add_generation_prompt as a text (train/data/template_function.py)."""
+    """For chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders
+    messages, tools and add_generation_prompt as a text (train/data/template_function.py)."""
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
-    """Chats: variables for the template, as apply_chat_template takes them. Examples: `{thinking: true}` for
+    """For chats: variables for the template, as apply_chat_template takes them. Examples: `{thinking: true}` for
     DeepSeek-V3.1, `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
-    """Chats: tokens from which the model learns. assistant: all turns of the assistant, with their stop tokens; last:
-    the assistant's last turn; all: every token."""
+    """For chats: tokens from which the model learns. assistant: all turns of the assistant, with their stop tokens;
+    last: the assistant's last turn; all: every token."""
     too_long: TooLong = TooLong.refuse
     """Chats with more tokens than a sequence: refuse (an error before the start), cut (remove the end of the chat) or
     drop (leave out the chat)."""
     reasoning: LostReasoning | None = None
-    """Chats: reasoning that the template leaves out of a turn from which the model learns. template: leave it out;
+    """For chats: reasoning that the template leaves out of a turn from which the model learns. template: leave it out;
     insert: put it in front of the content; drop: remove the reasoning of all turns; null: an error before the start."""
     cut_reasoning: bool = False
-    """Chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
+    """For chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
     """Folder for tokenizers and tokens; all runs share it."""
     workers: int = number(0, least=0)
@@ -405,10 +406,10 @@ class Optim:
     freeze_routers: bool = False
     """Freeze the weights of all routers. If bias_speed is 0 as well, the routers do not change."""
     index_loss: float = number(1.0, least=0)
-    """Sparse attention: weight of the indexers' losses. An indexer's loss is the KL divergence between its scores and
-    the attention, averaged over queries. 0 freezes the indexers."""
+    """For sparse attention: weight of the indexers' losses. An indexer's loss is the KL divergence between its scores
+    and the attention, averaged over queries. 0 freezes the indexers."""
     index_warmup: bool = False
-    """Sparse attention: train only the indexers, while attention is dense. A later run then trains all weights with
+    """For sparse attention: train only the indexers, while attention is dense. A later run then trains all weights with
     sparse attention."""
     detach_mtp: bool = False
     """Stop the gradients of the MTP losses at the inputs of the MTP modules, and at the embedding and the head. Then
@@ -642,8 +643,8 @@ class Checkpoint:
     every: int = number(100, least=0)
     """Interval of checkpoints, in steps; 0 saves only at the end and on a signal."""
     every_memory: int = number(0, least=0)
-    """Ray: interval, in steps, at which every rank's state is copied to the memory of its node and of the next node.
-    After the loss of a node, the run resumes from these copies. 0 for no copies."""
+    """With Ray: interval, in steps, at which every rank's state is copied to the memory of its node and of the next
+    node. After the loss of a node, the run resumes from these copies. 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
     """Folder on every node, in memory or on a fast local disk. It contains the copies of the state that
     checkpoint.every_memory makes."""
@@ -682,17 +683,18 @@ class Cluster:
     deterministic kernels, attention without cuDNN, no sums in NVLink switches, and no choice of kernels by measured
     time. This is slower on a GPU; the cost has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds; at least cluster.start_timeout until the end of the first step. Ray:
-    also the longest wait for the last checkpoint after a stop request."""
+    """Longest wait in a collective, in seconds; at least cluster.start_timeout until the end of the first step. With
+    Ray: also the longest wait for the last checkpoint after a stop request."""
     address: str | None = None
-    """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
+    """With Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this
+    run."""
     ranks_per_node: int = number(0, least=0)
     """Number of ranks per node. 0 without Ray: all ranks on the machine. 0 with Ray: one rank per GPU of the node, or
     per CPU for a run without GPUs."""
     wait: float = expert(60.0, above=0)
-    """Ray: longest wait for nodes, in seconds."""
+    """With Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
-    """Ray: seconds without an answer after which a node counts as lost."""
+    """With Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
     """Minimum number of seconds without progress of any rank before the run is ended as hung; a warning names the
     culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, the minimum is at least
@@ -703,11 +705,11 @@ class Cluster:
     """Before the end of the first step, in checkpoints and in validations, a run is ended as hung after at most this
     number of seconds without progress."""
     restarts: int = number(3, least=0)
-    """Ray: maximum number of restarts after failures of the same kind without a new checkpoint between them. Losses of
-    different nodes count separately. After the last restart the run ends with a diagnosis."""
+    """With Ray: maximum number of restarts after failures of the same kind without a new checkpoint between them.
+    Losses of different nodes count separately. After the last restart the run ends with a diagnosis."""
     standby: bool = expert(True)
-    """Ray: for each rank, keep a standby process that has completed all imports, so that restarts are quick. Each such
-    process needs 0.5 GB."""
+    """With Ray: for each rank, keep a standby process that has completed all imports, so that restarts are quick. Each
+    such process needs 0.5 GB."""
 
 
 @dataclass
@@ -895,9 +897,9 @@ class Evaluate:
     shots: int | None = number(None, least=0)
     """Number of solved examples before each question; null: the task decides."""
     answers: int = number(0, least=0)
-    """Chats: number of held-out questions that the model answers (train/evaluate/answers.py); 0 for none. A table
-    compares these answers with answers of the weights before fine-tuning, shuffled answers, and the most common
-    answer."""
+    """For chats: number of held-out questions that the model answers (train/evaluate/answers.py); 0 for none. A table
+    compares these answers with answers of the weights before fine-tuning, shuffled answers, and the most common answer.
+    """
     needle: list[int] = field(default_factory=list)
     """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
 
@@ -935,7 +937,7 @@ class Score:
     `experts`) or replay (read from the field `experts` of each sample, in which an inference engine stored its
     choice)."""
     keys: ScoredRouting = ScoredRouting.own
-    """Sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the indexers
+    """For sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the indexers
     choose them, and the column `keys` of the output stores the choice. replay: the field `keys` of each sample gives
     them."""
     checkpoint: str | None = None

@@ -1,7 +1,8 @@
 """Words of a command line: names of keys and values in other programs, keys that only some modes read, and keys that
 exclude each other.
 
-A word of another program needs an entry only if it resembles no key of Sluice, or a wrong key.
+A word of another program needs an entry only if no key of Sluice resembles it, or if the most similar key is the wrong
+one.
 """
 
 from conf.schema import Mode
@@ -131,7 +132,8 @@ CURES = {
     "tp": NO_TENSOR_PARALLELISM,
     "train_on_inputs": "write data.supervise=all for chats",
 }
-"""Maps a typed key, last part of a key, value or single word to a fix, if no single key is meant."""
+"""Fixes for words that stand for no single key of Sluice. A word is a typed key, the last part of a key, a value or a
+flag."""
 
 COMMANDS = ("doctor", "runs", "launch", "why", "top")
 """Commands that may follow `sluice` instead of settings; train/__main__.py runs them."""

@@ -1,7 +1,8 @@
 """Sanitises displayed text. Some of it comes from untrusted files: keys of JSONL, file names, fields of a config.json.
 
 An escape sequence could send input to the shell, and a line end could forge a log line. All output goes through `say`,
-or through a console of conf/screen.py. Text inside a sentence goes through `sentence`; errors call it themselves.
+or through a console of conf/screen.py. Text inside a sentence goes through `sentence`; errors call `sentence`
+themselves.
 """
 
 import re
@@ -21,8 +22,8 @@ def harmless(text: str) -> str:
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """Sanitise untrusted text for a message. Line ends remain only before `indent` spaces or more, so that no line is
-    forged."""
+    """Sanitise untrusted text for a message. Line ends remain only before `indent` or more spaces, so that the text
+    cannot forge a line of the log."""
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 
@@ -63,8 +64,8 @@ def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
 
 
 def folded(text: str, columns: int | None, indent: int) -> str:
-    """Fold the text to `columns`, if given, but not inside backticks or quotes. indent: spaces before continuation
-    lines."""
+    """Fold the text to `columns`, but not inside backticks or quotes. None: do not fold it. indent: spaces before
+    continuation lines."""
     if columns is None:
         return text
     style = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}

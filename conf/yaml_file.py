@@ -65,7 +65,7 @@ def _holds_resolver(tree: Any) -> bool:
 
 
 def escaped(value: Any) -> Any:
-    """Return resolved values in which OmegaConf reads ${ as plain text."""
+    """Return resolved values with every ${ escaped, so that OmegaConf reads it as plain text."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):

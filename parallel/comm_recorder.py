@@ -94,7 +94,7 @@ class RecordedWork:
 class CommRecorder:
     """Records this process's communication in a log.
 
-    labels: names of groups in the layout; some groups have none.
+    labels: names of groups in the layout; some groups have no name.
     """
 
     def __init__(self, log: CommLog):

@@ -95,12 +95,12 @@ class Layout(RankCounts):
         return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
 
     def inter_groups(self) -> list[list[int]]:
-        """Return, per expert group and index on a node, the ranks with this index."""
+        """Return, for each expert group and each position on a node, the group's ranks at this position."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 
 
 def read_layout(config: Config, node: int) -> Layout:
-    """Return the layout of a recipe. node: ranks per node, by default."""
+    """Return the layout of a recipe. node: number of ranks per node if cluster.ranks_per_node is 0."""
     parallel = config.parallel
     return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node, parallel.cp)

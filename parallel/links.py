@@ -1,7 +1,8 @@
 """Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
-Each rank exchanges data with its neighbours on the node, then with ranks of its index on neighbouring nodes, one at a
-time. All links of a kind run at once, as in a step. Then the run's groups run an all-reduce and an all-to-all.
+Each rank exchanges data with its neighbours on the node, then with the ranks at the same position on neighbouring
+nodes, one rank at a time. The received bytes are checked. All links of a kind run at once, as in a step. Then the run's
+groups run an all-reduce and an all-to-all.
 """
 
 import socket

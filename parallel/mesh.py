@@ -19,7 +19,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""Division of the ranks into groups, comparable as a tuple."""
+"""Division of the ranks into groups, as tuples: equal divisions compare equal."""
 
 
 def partition(groups: list[list[int]]) -> Partition:
@@ -47,7 +47,7 @@ class Mesh:
     ends_group: ProcessGroup | None
     """First and last rank of this pipeline; None on ranks between them."""
     inter_group: ProcessGroup
-    """Ranks of this expert group with this rank's index on their nodes."""
+    """Ranks of this rank's expert group that have the same position on their nodes as this rank."""
 
     def wait_at_most(self, seconds: float) -> None:
         """Set the timeout of later collectives in this rank's groups."""
@@ -97,7 +97,7 @@ def form_later() -> None:
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     """Create the groups of this rank. Every rank must call this function.
 
-    timeout: maximum wait of a collective; the default group's is not inherited.
+    timeout: maximum wait of a collective. The groups do not inherit the timeout of the default group.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

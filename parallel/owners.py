@@ -23,13 +23,13 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""A rank owns the matrices that it mostly holds, while its cost is at most KEEPS * max(mean cost of a rank, largest
-cost of a matrix).
+"""A rank owns the matrices of which it holds the largest part, while the rank's cost is at most KEEPS * max(mean cost
+of a rank, largest cost of a matrix).
 """
 
 
 class SharedMatrix(NamedTuple):
-    """A matrix in a weight of `width` columns, of which every rank holds an interval of elements."""
+    """A matrix that is part of a weight with `width` columns. Every rank holds an interval of the flattened weight."""
 
     weight: int
     """Position of the weight among the weights of its flat shard."""
@@ -153,7 +153,8 @@ class MatrixOwners:
         return MatrixPack(numbers, sent, received)
 
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
-        """Start to send a pack's matrices to their owners. The result waits for them and returns them by index."""
+        """Start to send a pack's matrices to their owners. The returned function waits for this rank's matrices and
+        returns them by index."""
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
             for owner in range(self._ranks)
@@ -187,7 +188,8 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send a pack's results to the ranks that hold the elements. The result waits and writes them."""
+        """Start to send a pack's results to the ranks that hold the elements. The returned function waits for this
+        rank's elements and writes them."""
         for number, result in done.items():
             matrix = self._matrices[number]
             for piece in matrix.pieces(self._rank):

@@ -92,14 +92,15 @@ class FlatWeight:
     shape: tuple[int, ...]
     """Shape of the complete parameter; for experts, of this rank's experts."""
     held: list[range]
-    """For each sharing rank: the interval of the flattened parameter in its shard."""
+    """For each rank that shares the parameter: the interval of the flattened parameter that is in that rank's shard."""
     place: int
     """Offset of the parameter's first element in this rank's shard; negative if an earlier rank holds it."""
 
     def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
         """Return a view of some rows and columns of the parameter.
 
-        flat: this rank's shard with these elements. place: index in another `flat` of the parameter's first element.
+        flat: tensor that contains the elements. place: index of the parameter's first element in `flat`; None if `flat`
+        is this rank's shard.
         """
         width = self.shape[-1]
         first = (self.place if place is None else place) + rows.start * width + columns.start
@@ -146,8 +147,8 @@ class GradientHandover:
     factor: Tensor | None = None
     """Factor of all gradients, for clipping: a scalar on the host; None means 1."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
-    """Gradients of flat parameters that no other rank shares: the original buffers, 1-D, fp32, without padding. Their
-    `.grad` is a placeholder.
+    """Gradients of flat parameters that no other rank shares: the original fp32 buffers, 1-D, without padding. The
+    `.grad` of such a flat parameter is only a placeholder.
     """
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """By weight name: one factor per row, applied after the update."""

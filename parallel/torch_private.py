@@ -14,7 +14,8 @@ class BorrowedName(NamedTuple):
     name: str
     why: str
     since: str = ""
-    """First torch version with the name; empty for all. Sluice works without it."""
+    """First torch version that has the name, if Sluice also works without it; empty if Sluice needs it in all versions.
+    """
 
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"

@@ -78,7 +78,7 @@ def quick(kernel: _Launched) -> _Launched:
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set: a function, a chain, or None."""
+    """Whether a hook is set. The hook is a function, a chain of functions (with `calls`), or None."""
     return bool(getattr(hook, "calls", hook))
 
 

@@ -103,8 +103,8 @@ class Driver:
         self._released: set[str] = set()
         """Draining nodes whose agents the driver has ended."""
         self._probed_from = 0
-        """Number of the newest UDP question at the supervisor's request for a probe. Answers to earlier questions do
-        not count.
+        """Number of the newest UDP question when the supervisor asked for a probe. Answers to earlier questions do not
+        count.
         """
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
@@ -119,7 +119,7 @@ class Driver:
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._logged: set[int] = set()
-        """Ranks of the current attempt with the full failure in their logs."""
+        """Ranks of the current attempt whose logs contain the full text of their failure."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
@@ -404,7 +404,7 @@ class Driver:
             self._note("priority", text, nodes=list(low))
 
     def _plan_layouts(self) -> None:
-        """Start the planner for smaller layouts, unless an earlier launch did."""
+        """Start the planner for smaller layouts, unless an earlier launch of the run has made the plan."""
         if self._planner and self._planning is None and self.shapes.smaller and not self.shapes.is_planned:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
@@ -512,7 +512,8 @@ class Driver:
             call_agent(self.fleet, id, Agent.start, order)
 
     def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
-        """Return environment variables for ranks with copies in memory, else none."""
+        """Return the environment variables that tell the ranks about copies in memory; empty if the run keeps no
+        copies."""
         if not self.config.checkpoint.every_memory:
             return {}
         full_size, auto = placement.shape == self.shapes.own, self.config.resume == "auto"
@@ -520,7 +521,7 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies in memory if the run did not fail and the checkpoint on disk is as new."""
+        """Drop the copies in memory if the run did not fail and the checkpoint on disk is as new as the copies."""
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:

@@ -65,7 +65,7 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt of its ranks (0 without ranks), and their reports."""
+    """An agent's answer: the attempt of its ranks (0 if it has no ranks), and their reports."""
 
     node: str
     attempt: int
@@ -217,7 +217,7 @@ class KeepIncident:
 
 @dataclass(frozen=True)
 class PassIncident:
-    """Record in the newest incident that the ranks continued."""
+    """Record in the newest incident that the ranks continued, after `seconds` of silence."""
 
     seconds: float
 

@@ -80,7 +80,7 @@ class NetworkTest:
                 self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
-        """Return the verdict when all results have arrived or the time is over."""
+        """Return the verdict when all results have arrived or the time is over, else None."""
         if self._partners and now < self._deadline:
             return None
         for id, partners in self._partners.items():

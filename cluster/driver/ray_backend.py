@@ -2,7 +2,7 @@
 actor.
 
 Only this file imports ray. Ray transports the calls to agents and lists the nodes. Each agent is pinned to its node,
-and reserves all its devices.
+and reserves all devices of the node.
 """
 
 import collections
@@ -139,7 +139,7 @@ class RayFleet:
         self._taken = 0
         """Number of answers that the driver took in the last round."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls from a thread of Ray: (node, method, outcome)."""
+        """Finished calls, as (node, method, outcome). A thread of Ray adds them."""
 
     def _start_embedded(self) -> None:
         """Start Ray on this machine, in at most two tries, because a busy machine may exceed Ray's time limit."""

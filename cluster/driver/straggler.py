@@ -5,8 +5,8 @@ window is the last WINDOW_BLOCKS x BLOCK_STEPS steps, in blocks of BLOCK_STEPS s
 log(its median time / the median of its peers' median times). A rank is slow if all of these conditions hold:
 
     - The mean of its values over the blocks is at least log(`factor`).
-    - This mean is at least NOISE times the noise of one block (NOISE x sqrt(WINDOW_BLOCKS) standard errors of the
-      mean).
+    - This mean is at least NOISE times the noise of one block (that is, NOISE x sqrt(WINDOW_BLOCKS) standard
+      errors of the mean).
     - Its value in every block is at least half of the mean, so that the slowness lasts.
 
 The noise of a block is the larger of two values:
@@ -14,7 +14,7 @@ The noise of a block is the larger of two values:
     - the standard error of the block's median, from the spread of single steps inside the blocks
     - the spread between the blocks of the peers
 
-A slow rank is named once, and again only if it was as fast as its peers for a complete window in between.
+A slow rank is named once. It is named again only after a complete window in which it was as fast as its peers.
 """
 
 import math

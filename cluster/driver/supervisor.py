@@ -71,7 +71,7 @@ class Supervisor:
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """Inputs and result of the last search for a placement, for equal inputs."""
+        """Inputs and result of the last search for a placement. Equal inputs reuse the result."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
@@ -221,7 +221,8 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Reset the failure budgets if the run has saved a later step than this launch had. age: newest saved state."""
+        """Reset the failure budgets if the run has saved a later step than any that this launch had saved before. age:
+        newest saved state."""
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
             self._spent.clear()
@@ -459,7 +460,7 @@ class Supervisor:
         self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
-        """Return the seconds for calls to all nodes of the attempt."""
+        """Return the seconds that calls to all nodes of the attempt may take."""
         return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
@@ -489,7 +490,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Start the next attempt, at once or when a node returns or a layout fits."""
+        """Start the next attempt: now, or when a node returns, or when enough nodes for a layout are available."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

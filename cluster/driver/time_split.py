@@ -46,7 +46,7 @@ class TimeSplit:
     effective_seconds: float = 0.0
     """Training seconds x working ranks / wanted ranks."""
     held_seconds: float = 0.0
-    """Driver seconds x max(1, occupied nodes with spares / nodes of the full layout)."""
+    """Driver seconds x max(1, occupied nodes including spares / nodes of the full layout)."""
 
     @property
     def seconds(self) -> float:
@@ -86,7 +86,8 @@ class _Clockwork:
         self._asked_at: float | None = None
         """Time at which the driver asked the ranks to stop."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether it has `seconds`; or None."""
+        """Time of the newest failure event, and whether this event has the field `seconds`; None without such an event.
+        """
 
     def switch(self, now: float, part: TimePart | None) -> None:
         """End the current part now and begin another."""

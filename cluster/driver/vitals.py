@@ -3,7 +3,8 @@
 A low priority slows down the ranks. A full disk for temporary files loses output of ranks and prevents the next start.
 
 The driver orders errors by time, so this file converts each node's times to the driver's clock. It subtracts the
-seconds by which the node's clock was ahead at the check. Later times follow from a clock that nobody can set.
+seconds by which the node's clock was ahead at the check. The node reads later times from a clock that nobody
+can set.
 """
 
 from dataclasses import dataclass

@@ -49,9 +49,9 @@ from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
-"""Seconds between checks for news while a question waits."""
+"""Seconds between checks for news while a question of the driver waits for an answer."""
 STACKS_WITHIN = 0.25
-"""Seconds after which an answer is sent with the stacks so far."""
+"""Seconds after which an answer is sent with the stacks that have arrived."""
 OUTPUT_BYTES = 64 << 10
 """Maximum bytes of one rank's output in one answer."""
 
@@ -296,7 +296,7 @@ class Agent:
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values whose change is news."""
+        """Return the values that `ask` compares with the last answer; a changed value is news."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()

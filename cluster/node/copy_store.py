@@ -14,8 +14,8 @@ A set counts as a checkpoint when the answering nodes together hold the parts of
 complete set, and a set that is being written. Every rank removes all other sets before it writes.
 
 The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. A PUT of an
-earlier attempt is refused, because ranks on a disconnected node may live for a while. The next launch finds the files.
-This file uses neither Ray nor torch.
+earlier attempt is refused, because ranks on a disconnected node may live for a while. A later launch of the run
+finds the files and can resume from them. This file uses neither Ray nor torch.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Lock the folder, perhaps after `patience` seconds for an agent that is being killed."""
+    """Lock the folder. Wait up to `patience` seconds for an earlier agent that is being killed."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -278,8 +278,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE. A PUT removes other sets of this and earlier attempts, except the set in its
-    header X-Keep.
+    """Handles PUT and GET of /SET/FILE. A PUT removes other sets of this and earlier attempts, except the set that the
+    header X-Keep names.
     """
 
     protocol_version = "HTTP/1.1"

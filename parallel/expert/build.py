@@ -81,7 +81,7 @@ def build_dispatcher(
         name: value of parallel.dispatch
         wire, quantized: see `build_wire`
         ep_group: the expert-parallel group; None if it is only this rank
-        inter_group: ranks of ep_group with this rank's index on their node
+        inter_group: ranks of ep_group that have the same position on their nodes as this rank
         intra_group: ranks of ep_group on this node; None if it is only this rank
         ranks_per_node: consecutive ranks of ep_group on one node
         groups: expert groups of the router

@@ -23,7 +23,7 @@ from parallel.expert.wire import Fp8Wire, Wire
 
 @dataclass
 class _Plan(DispatchPlan):
-    """The routes of one dispatch, besides those in DeepEP's handle. `fans` maps received tokens to rows."""
+    """The routes of one dispatch: DeepEP's handle and, in `fans`, the map from received tokens to rows."""
 
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""

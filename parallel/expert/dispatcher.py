@@ -15,8 +15,8 @@ Each use has two halves:
     begin    ends when the first exchange of a dispatch, or the last exchange of a combine, has started
     wait     does the rest
 
-In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. The backward of
-operations between them runs between these halves too, because autograd runs the newest ready node first.
+In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. Between these two,
+autograd runs the backward of the operations between `begin` and `wait`, because it runs the newest ready node first.
 
 A token is quantized once, before it is copied. So results do not depend on the placement of experts.
 
@@ -117,7 +117,7 @@ class PendingCombine:
 
 
 class ExchangeDispatcher(ABC):
-    """Base class of dispatchers; subclasses move the rows. wire: of dispatch."""
+    """Base class of dispatchers; subclasses move the rows. wire: format of the rows in dispatch."""
 
     counters: Any = None
     """`TrafficCounters` of the bytes sent; None if they are not counted."""
@@ -125,7 +125,7 @@ class ExchangeDispatcher(ABC):
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange; an overlapped pass then computes."""
+        """Called before each wait for an exchange, so that an overlapped pass can compute meanwhile."""
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
@@ -300,10 +300,10 @@ class ChainDispatcher(ExchangeDispatcher):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reinterpret 32-bit words as values of `dtype`, which has one word or two words.
+    """Reinterpret 32-bit words as values of `dtype`. A value has one word or two words.
 
-    Two-word values are a copy, because the words may be misaligned. It is flattened, because torch treats a tensor with
-    one row, or no words, as contiguous whatever its strides are.
+    Two-word values are a copy, because the words may be misaligned. The copy is flattened, because torch treats a
+    tensor with one row, or no words, as contiguous whatever its strides are.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -338,8 +338,8 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 def beside(rows: Tensor) -> AbstractContextManager:
     """Run the block's GPU work on a second stream, after all work that is already in the compute stream.
 
-    Memory allocated in the block is reused only in a later block, after all compute work before this block. Buffers
-    from outside must stay alive until the compute stream waits for the block's last work.
+    Memory allocated in the block is reused only in a later block, which waits for all compute work launched before it.
+    Buffers from outside must stay alive until the compute stream waits for the block's last work.
     """
     if not rows.is_cuda:
         return nullcontext()

@@ -2,7 +2,7 @@
 
 The router limits the experts of a token to M nodes, so a token costs at most M messages between nodes.
 
-    1. Across nodes: send the token to each node with one of its experts, to the rank with this rank's index there.
+    1. Across nodes: send the token to each node with one of its experts, to the rank at the same position there.
     2. Inside the node: that rank forwards the encoded token to each rank with one of its experts.
     3. On the expert's rank: make one row of the token for each of its experts there.
 
@@ -28,7 +28,7 @@ from parallel.expert.wire import Wire
 class NodeLimitedDispatcher(ChainDispatcher):
     """Dispatcher over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: ranks with this rank's index on their node, in node order; None with one node
+    inter_group: ranks that have the same position on their nodes as this rank, in node order; None with one node
     intra_group: ranks of this node; None with one rank per node
     experts: E, below 32768
     """

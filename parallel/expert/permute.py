@@ -3,7 +3,7 @@
 A FanOut maps every copy to its source row. Its two uses are each other's backward; neither scatters or adds in place:
 
     spread:  copies_C = sources_S[source_C]                        a gather
-    collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
+    collect: sources_S[s] = sum of copies_C[c] over the copies c of s     a gather with a sum
 
 `collect` accumulates in fp32. Dispatch is a chain of spreads, with exchanges between them. Combine is the reverse
 chain, with collects. On a GPU, parallel/expert/triton_dispatch.py computes the same.
@@ -101,7 +101,8 @@ def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
 
 
 def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
-    """Return the sum of every source's copies, (S, X), added in target order and rounded once."""
+    """Return the sum of every source's copies, (S, X), added in target order and rounded once. out_SX: buffer for the
+    result."""
     if not rows_CX.is_cuda:
         sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
         return sum_SX if out_SX is None else out_SX.copy_(sum_SX)

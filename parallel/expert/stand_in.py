@@ -79,7 +79,7 @@ class Load:
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Return the rows of every expert, integers with the rounded total."""
+        """Return the number of rows of each expert. The numbers are integers, and their sum is the rounded total."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -172,7 +172,7 @@ def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
     """Return (S, N): for each source, the targets of its copies, then -1.
 
-    Built outside dispatch modes, so that memory counts leave it out.
+    Built outside torch's dispatch modes, so that a count of memory does not include this tensor.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)

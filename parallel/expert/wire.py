@@ -125,7 +125,7 @@ class Wire(Protocol):
 
 
 class HighWire:
-    """The wire in the activation dtype. It copies only rows of some widths."""
+    """The wire in the activation dtype. It copies rows only if their width or layout requires it."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)

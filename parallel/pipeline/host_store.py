@@ -3,13 +3,14 @@
 When the forward of a part of the model ends, its saved activations are copied to the host as one batch. Backward reads
 the batches in reverse order:
 
-    out     The copy starts at once. The batch's device memory is freed when the action sends its next batch, or when
-            the next action ends. A backward that follows at once needs no copy back.
-    back    A micro-batch's newest batch is copied back during the action before its backward. When backward reads a
-            batch, the copy of the previous batch starts. So two batches are on the device at a time.
+    out     The copy starts at once. The batch's device memory is freed when the same pipeline action sends another
+            batch. The last batch of an action is freed when the next action ends, so a backward that follows at once
+            needs no copy back.
+    back    The newest batch of a micro-batch is copied back during the action before this micro-batch's backward. When
+            backward reads a batch, the copy of the previous batch starts. So two batches are on the device at a time.
 
 Each direction has its own stream. Events order copies and compute, so the host never waits. Memory is freed only after
-the compute stream has waited for its copy.
+the compute stream has waited for the copy of this memory.
 
 Host memory is allocated in pages (pinned for a GPU), which are reused.
 """
@@ -69,7 +70,8 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """For each action: (stage, micro-batch) of activations that this action and the next action read."""
+        """For each action: (stage, micro-batch) of the activations that it reads, and of those that the next action
+        reads."""
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
         """Unread batches of activations, by stage and micro-batch."""
         self._current: tuple[int, int] | None = None
@@ -94,7 +96,7 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Run one action in the block. stage, micro_batch: of the forward, for an overlapped pair."""
+        """Run one action in the block. For an overlapped pair, pass stage and micro_batch of its forward."""
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
             return
@@ -200,7 +202,8 @@ class _Batch:
         self.pieces = [ref(piece) for piece in pieces]
         """Weak references to the storages, empty once backward needs none."""
         self.before = before
-        """The forward's previous batch; None for the first batch, or after this batch has been read."""
+        """The batch before this batch in the same forward; None if this batch is the first, or has been read by
+        backward."""
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
@@ -245,7 +248,8 @@ class _Pages:
         self.taken = 0
 
     def take(self, size: int) -> list[_Page]:
-        """Return pages for `size` bytes. Copies to them wait until earlier copies have read them."""
+        """Return pages for `size` bytes. New copies to these pages wait until earlier copies from the pages are
+        complete."""
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:
             torch.cuda.current_stream().wait_event(event)
@@ -292,7 +296,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Yield the parts of pages for each storage, in turn."""
+    """For each storage, yield its parts and their places in the pages. The storages follow one another."""
     at = 0
     for size in sizes:
         places, begin = [], 0

@@ -25,12 +25,12 @@ class Action(NamedTuple):
     stage: int
     micro_batch: int
     halves: tuple["Action", ...] = ()
-    """Forward and backward of an FB, which has the forward's stage and micro_batch."""
+    """Forward and backward of an FB. The FB itself has the stage and micro_batch of its forward."""
 
 
 @dataclass(frozen=True)
 class TorchOrder:
-    """The torch class that runs a schedule (`drives`), and its order."""
+    """The torch class that runs a schedule (`drives`), and the order of the schedule's actions."""
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None

@@ -129,7 +129,7 @@ def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class _Pair:
-    """One run of two lanes: whose turn it is, and results."""
+    """One run of two lanes: the lane whose turn it is, and the results of both lanes."""
 
     def __init__(self, timeout: float):
         self.results: list[Any] = [None, None]
@@ -141,7 +141,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane: wait for its turn, run `work`, let the other lane run, even after an error."""
+        """Run one lane: wait for its turn, run `work`, and let the other lane run, even if `work` raised an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
@@ -178,7 +178,7 @@ class _Pair:
 def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
     """Return the function that torch's runtime runs for DualPipeV's action OVERLAP_F_B.
 
-    As in torch's function, the pair waits for both inputs, and sends both results at its end.
+    Like torch's own function, the pair waits for the inputs of both halves and, at its end, sends the results of both.
     """
 
     def run_pair(action: Any, context: Any) -> None:
@@ -208,7 +208,8 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for a neighbouring stage's message. local: whether that stage is on this rank, without messages."""
+    """Wait for a neighbouring stage's message. local: whether this rank also has the neighbouring stage; then there is
+    no message."""
     if not local:
         for work in posted.pop((stage, micro_batch)):
             work.wait()

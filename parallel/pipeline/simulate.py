@@ -49,7 +49,8 @@ def what_runs(action: Action, one_piece: bool) -> str:
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
     """Return the stages of a rank whose gradients are complete before the rank's last backward, in order of completion.
 
-    The value is the index in `actions` of the stage's last backward. one_piece: stages whose backward cannot be split.
+    Each stage is mapped to the index in `actions` of its last backward. one_piece: stages whose backward cannot be
+    split.
     """
     ends = {
         part.stage: place
@@ -72,7 +73,8 @@ class Program:
         """Order the actions, one list per rank. Raises AssertionError if ranks would wait for each other."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """For each kind of action (all but the micro-batch): index and first action."""
+        """Maps each kind of action (its letter and stages, without the micro-batch) to the index of the kind and the
+        first action of this kind."""
         self._steps: list[tuple[int, int, list[int]]] = []
         """For each action: rank, index of its kind, and indexes of the actions needed from other ranks."""
         last = max(part.stage for line in actions for action in line for part in _parts(action))
@@ -132,7 +134,7 @@ def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _result(part: Action) -> tuple[str, int, int]:
-    """Return the key of an action's result, equal for B and I."""
+    """Return the key of an action's result. B and I have the same key."""
     return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
 
 

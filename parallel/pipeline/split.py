@@ -17,7 +17,8 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return each stage's layers, in nearly equal numbers. With too few layers, the end stages have none."""
+    """Return each stage's layers, in nearly equal numbers. If there are fewer layers than stages, the first and the
+    last stage have none."""
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
         bounds = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers]

@@ -20,7 +20,7 @@ def kept_graph(output: Tensor) -> Node | None:
     """Return an object that keeps an output's graph alive for its backward of weights. Call this before the backward of
     inputs, which releases the graph.
 
-    From torch 2.13 on, the result is None, because torch keeps the needed nodes itself.
+    From torch 2.13 on, the result is None, because torch then keeps the needed nodes of the graph.
     """
     if torch.__version__ >= "2.13":
         return None

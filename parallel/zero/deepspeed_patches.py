@@ -1,9 +1,9 @@
 """Changes DeepSpeed before Sluice builds its engine on it. Checked against DeepSpeed 0.19.8 and 0.19.9.
 
-    sys.modules            Two unused Muon modules are empty; DeepSpeed's own load torch's whole compiler (0.9 s of a
-                           core).
-    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off: they build for two minutes and
-                           sometimes abort.
+    sys.modules            Two unused Muon modules are empty. DeepSpeed's versions import torch's whole compiler
+                           (0.9 s of a core).
+    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off: their build takes two minutes and
+                           sometimes aborts.
     environment            DS_ACCELERATOR, LOCAL_SIZE and LOCAL_RANK are set. Otherwise DeepSpeed searches for an
                            accelerator, starts numactl for every bucket of gradients, and puts stage 3's weights on
                            another device.

@@ -146,7 +146,8 @@ class Zero:
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Report a chunk with complete gradients while others still run. Stages 1 and 2 reduce them at once."""
+        """Report that a chunk's gradients are complete while other chunks still run. ZeRO stages 1 and 2 then reduce
+        these gradients at once."""
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
             own = others.pop(chunk)
@@ -229,7 +230,8 @@ class Zero:
     def shards(self, copies: bool = False) -> dict[str, Shard]:
         """Return this rank's part of fp32 masters and optimizer state, by logical name, with shared memory.
 
-        copies: whether to include a tied parameter that the pipeline's first rank returns too, as for loading.
+        copies: whether to include a tied parameter that the pipeline's first rank returns too. Loading a checkpoint
+        needs it.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -267,8 +269,8 @@ class Zero:
         self._weights.refresh()
 
     def _close(self) -> None:
-        """Pass unreduced gradients, which must be complete, to `local_observer`, and sum the tied parameter's. Stages 1
-        and 2 only.
+        """Pass unreduced gradients, which must be complete, to `local_observer`, and sum the gradients of the tied
+        parameter. Only for ZeRO stages 1 and 2.
         """
         for param in self.names:
             if param.grad is not None:

@@ -76,7 +76,8 @@ class ShardedWeights:
         self._order = [param for param in shapes if param not in frozen][::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights in two chunks of this rank, whose gradients DeepSpeed gets after the second addition."""
+        """Weights that two chunks of this rank share. DeepSpeed gets their gradients after both chunks have added to
+        them."""
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
         """Number of gradients of this micro-batch that DeepSpeed already has, in the order of `_order`."""
@@ -106,7 +107,8 @@ class ShardedWeights:
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each trained parameter, its unpadded gradient in this rank's shard, and the number to divide by."""
+        """Yield each trained parameter, its unpadded gradient in this rank's shard, and the number by which the caller
+        must divide it."""
         from deepspeed.utils import safe_get_local_grad
 
         for param in self._shapes:
@@ -126,7 +128,8 @@ class ShardedWeights:
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer and its weights, whose padded shards it contains."""
+        """Yield every flat parameter of the optimizer with its weights. The flat parameter contains the padded shards
+        of these weights."""
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, params in groups:
             found, place = [], 0
@@ -214,7 +217,8 @@ class ShardedWeights:
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:
-        """Return start and length of this rank's shard of a parameter. The last ranks' may be short or empty."""
+        """Return start and length of this rank's shard of a parameter. The shards of the last ranks may be short or
+        empty."""
         size = shard_of(param).numel()
         offset = size * self._shares(param).rank
         return offset, max(0, min(size, math.prod(self._shapes[param]) - offset))

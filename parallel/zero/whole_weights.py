@@ -168,7 +168,8 @@ class WholeWeights:
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each parameter in this rank's shard, its unpadded gradient there, and the number to divide by."""
+        """Yield each parameter in this rank's shard, its unpadded gradient there, and the number by which the caller
+        must divide it."""
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
