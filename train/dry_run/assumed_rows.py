@@ -1,6 +1,6 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
-balanced      All ranks receive equally many rows, and all experts of a rank do.
+balanced      All ranks receive equally many rows, and so do all experts of a rank.
 skewed        This rank receives 1.5 times the mean, decreasing from its first to its last expert.
 a folder      Each expert receives the same fraction of the rows as in this folder's run: the mean over layers, at the
               last step with recorded loads.

@@ -67,7 +67,8 @@ def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = No
     3. The timed steps.
     4. Starts from the rank's saved files.
 
-    Raises UserError if the device's memory runs out. folder: for temporary files; None: the system's
+    folder: folder for temporary files; None: the system's folder
+    Raises UserError if the device's memory runs out.
     """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)

@@ -1,11 +1,10 @@
-"""Measures memory and work of a model part by running its real code on the meta device under a Ledger.
+"""Measures memory and work of a model part: runs its real code on the meta device under a `Ledger`.
 
-The parts of a chunk are the embedding, the blocks, and the end (final norm, MTP modules, head and loss). Each part runs
-alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of its output.
-train/plan/memory/chunk.py computes a chunk from its parts.
+The parts of a chunk are the embedding, the blocks, and the end (final norm, MTP modules, head and loss). `_Entry`
+creates a part's input, and `_Exit` the gradient of its output. train/plan/memory/chunk.py computes a chunk from its
+parts.
 
-All sizes are in bytes, without the memory of weights. Gradients of weights count only in the first backward of a step,
-which allocates them.
+Sizes are in bytes, without weights. Gradients of weights count only in a step's first backward, which allocates them.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D model width.
 """
@@ -49,17 +48,16 @@ from train.plan.work_recorder import WorkRecorder, WorkSegment
 AGAIN = "_again"
 """Name suffix of a block that backward recomputes."""
 AWAY = "_away_"
-"""Separator in a part's name between the block and its offloaded section. The section's activations are on the host
-until backward."""
+"""Separates the name of a block from that of its offloaded section."""
 SHARED_KEYS = "_shared"
-"""Name suffix of a block whose sparse attention uses the keys of an earlier block."""
+"""Name suffix of a block whose sparse attention uses an earlier block's keys."""
 
 
 Section = TypeVar("Section")
 
 
 class FrozenSection(Generic[Section]):
-    """Wraps a configuration section as a hashable cache key, equal for sections with equal values."""
+    """A hashable cache key of a configuration section."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
@@ -76,7 +74,7 @@ NO_ADAPTER = FrozenSection(Adapter())
 
 @dataclass(frozen=True)
 class Scene:
-    """All settings that determine the memory of a model part's forward and backward for one micro-batch."""
+    """The settings that determine a model part's memory for one micro-batch."""
 
     model: FrozenSection[Model]
     precision: FrozenSection[Precision]
@@ -90,20 +88,19 @@ class Scene:
     wire: str
     ep: int
     ranks_per_node: int
-    """Number of ranks of an expert-parallel group on one node."""
+    """Ranks of an expert-parallel group on one node."""
     load: Load
     """Number of rows that this rank's experts receive."""
     gloo: bool
     """Whether the ranks use gloo. gloo keeps sent tensors until the step ends, and has no reduce-scatter."""
     compiled: bool
-    """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
+    """Whether a CPU uses compiled code where possible (train/kernels/choice.py)."""
     cp: int = 1
     """Number of ranks that share every sequence. The plan is for rank 0 of them, which has the first and the last piece
     of a sequence. The last piece attends to the most keys."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """Whether FP8 copies of weights are made once per step and kept until the step ends. Only `trace_casts` counts
-    their memory."""
+    """Whether a step makes FP8 casts of weights once and keeps them. Only `trace_casts` counts their memory."""
     learns_index: bool = False
     """Whether the indexers of sparse attention are trained."""
     warms_index: bool = False
@@ -112,23 +109,22 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A section of a pass. At its end, an overlapped pair of passes may switch to the other pass."""
+    """A section of a pass, after which overlapped passes may switch."""
 
     peak: int
-    """Maximum of the live bytes in this section of the pass."""
+    """Maximum of the live bytes in the section."""
     end: int
-    """Live bytes at the end of this section of the pass."""
+    """Live bytes at the end of the section."""
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Memory of one pass through a model part, including its input, its output and their gradients, while they are
-    allocated."""
+    """Memory of a pass through a model part, including input, output and their gradients."""
 
     start: int
     pieces: tuple[Stretch, ...]
     work: tuple[WorkSegment, ...] = ()
-    """Work of the pass: computation and communication. Empty for a pass through several parts."""
+    """Work of the pass; empty for a pass through several parts."""
 
     @property
     def end(self) -> int:
@@ -145,33 +141,33 @@ class Forward:
 
     run: PassMemory
     kept: Counter
-    """Bytes kept for backward, by item. They include an input that backward needs, and exclude the output."""
+    """Bytes kept for backward, by item, without the output."""
     output: int
     """Bytes of the output."""
     sent: Counter
     """Bytes in `kept` that are copied to the host, by item."""
     host_bytes: int
-    """Bytes of host memory for the tensors that are copied to the host."""
+    """Bytes of host memory for the offloaded tensors."""
 
 
 Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator that caches a trace function's results. Calls share a result if `seen_by` returns equal settings."""
+    """Caches a trace function's results by the settings that `seen_by` returns."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forward passes that `trace_backward` has traced, by settings (a `Scene` from `seen_by`) and part name."""
+"""Forwards that `trace_backward` has traced, by settings and part name."""
 
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """Returns the memory of a model part's forward. If `trace_backward` has traced the part, its trace is used.
+    """Returns the memory of a model part's forward, from `trace_backward` if that has traced it.
 
-    part: name of a part, as in `Parts` (train/plan/memory/chunk.py).
+    part: name as in `Parts` (train/plan/memory/chunk.py)
     """
     if (scene, part) in _FORWARDS:
         return _FORWARDS[scene, part]
@@ -183,8 +179,8 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
     """Returns the memory of a model part's complete backward.
 
-    first: whether this pass allocates the gradients of the weights; if so, they are included. held: whether the caller
-    keeps the incoming gradient until the pass ends, as torch's stage does for a chunk's last part.
+    first: whether this pass allocates the gradients of weights; if so, the result includes them
+    held: whether the caller keeps the incoming gradient until the pass ends
     """
     with Run(scene, part, first) as run:
         forward = run.forward()
@@ -195,9 +191,9 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """Returns the memory of both halves of a split backward: first the gradients of inputs, then those of weights.
+    """Returns the memory of a split backward: gradients of inputs, then of weights.
 
-    The output and the incoming gradient are included, because the stage holds both through both halves.
+    Both passes include the output and the incoming gradient, which the stage holds.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -205,8 +201,7 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Returns the peak bytes of a model part's forward in eval mode without gradients, with its input and without FP8
-    casts of weights."""
+    """Returns the peak bytes of a forward in eval mode, including the input."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 
@@ -218,7 +213,7 @@ def _trace_evaluation(scene: Scene, part: str) -> int:
 
 
 def trace_casts(scene: Scene, part: str) -> int:
-    """Returns the bytes of the FP8 casts of weights that a model part holds during a step."""
+    """Returns the bytes of a part's FP8 casts of weights during a step."""
     if not scene.holds_weights:
         return 0
     plain = replace(
@@ -258,8 +253,10 @@ def seen_by(part: str, scene: Scene) -> Scene:
 
 
 class Run:
-    """Runs one part under a ledger, between `_Entry` and `_Exit`. Call `forward`, then `backward`; for a split
-    backward, `inputs` and then `weights`."""
+    """Runs one part under a ledger, between `_Entry` and `_Exit`.
+
+    Call `forward` first. Then call `backward`, or `inputs` and `weights`.
+    """
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self.device = torch.device("meta")
@@ -269,7 +266,7 @@ class Run:
         self._base, self._start = 0, 0
         self._pieces: list[Stretch] | None = None
         self._incoming: list[Tensor] = []
-        """The gradients that backward has computed for the part's inputs."""
+        """Gradients of the part's inputs."""
         self._host = _StandInHost(self._ledger)
 
     def __enter__(self) -> Self:
@@ -301,12 +298,11 @@ class Run:
 
     @property
     def casts(self) -> int:
-        """Bytes of the FP8 casts of weights that are kept until the step ends."""
+        """Bytes of the FP8 casts of weights that a step keeps."""
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
-        """Run the forward of the part. leaves: whether inputs are leaves of the graph, as torch's split backward
-        needs."""
+        """Run the part's forward. leaves: whether inputs are leaves of the graph, as torch's split backward needs"""
         self._ledger.tag = "activations"
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
         borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)
@@ -388,8 +384,7 @@ class Run:
         return torch.empty(shape, dtype=torch.int64, device=self.device)
 
     def _fill(self) -> None:
-        """Does nothing, because weights on the meta device have no values. A subclass for real devices initialises the
-        weights."""
+        """Does nothing on the meta device. `TimedRun` initialises the weights."""
 
     def _kernels_of_device(self) -> Kernels:
         return meta_kernels(self._scene.kind, self._scene.compiled)
@@ -399,7 +394,7 @@ class Run:
         return meta_precision(self._scene.precision.section, self._scene.kind, kernels, recompute, self._making)
 
     def _make_tables(self) -> None:
-        """Build the RoPE tables now, so that no measured pass allocates them."""
+        """Build the RoPE tables before any pass is measured."""
         for part in self._module.modules():
             if isinstance(part, MLA):
                 part._rope.table(self._scene.seq_len, self.device)
@@ -490,7 +485,7 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """A context in which weights are cast to FP8 once per step; the ledger does not count these casts."""
+        """A context in which the ledger does not count FP8 casts of weights."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 
@@ -525,7 +520,7 @@ class _Exit(Function):
 
 
 class _End(DeepSeekV3):
-    """The part `end` as a separate model: everything after the blocks of the last chunk."""
+    """The part `end`: everything after the last chunk's blocks."""
 
     def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, **given: Any) -> Tensor:
         self._embedding_BTD = embedding_BTD
@@ -542,8 +537,7 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """Wraps a dispatcher and tags its memory in the ledger. It also gives values to the counts of rows per expert,
-    because the model reads them."""
+    """Wraps a dispatcher, tags its memory, and sets the numbers of rows per expert."""
 
     def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
@@ -568,7 +562,7 @@ class _Tagged:
 
 
 class _StandInHost:
-    """Records the tensors that a real run would copy to the host. They stay on the device."""
+    """Records the tensors that a real run would copy to the host."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
@@ -600,11 +594,10 @@ def kind_of(part: str) -> str:
 
 
 def bare(part: str) -> str:
-    """Returns the part's name without the suffixes that do not change the part's weights."""
+    """Returns the part's name, with only the suffix that changes its weights."""
     return kind_of(part) + SHARED_KEYS * (SHARED_KEYS in part)
 
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
-    """Returns the settings of sparse attention for a model whose blocks all behave as this part's block: all choose
-    keys, or all use the keys of earlier blocks."""
+    """Returns settings of sparse attention with which all blocks behave as this part's block."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

@@ -1,10 +1,9 @@
 """Plans the memory of every rank: its permanent state, and its peak over all actions of a step.
 
     state       weights, master weights and moments in DeepSpeed's shards (rank_weights.py)
-    schedule    the passes in the order of torch's action list (schedule_memory.py), measured on the meta device
-                (part.py, chunk.py)
-    step end    the reduction of gradients and the update of weights (step_end.py)
-    run         the work outside of steps, such as checkpoints, and the start of the run
+    schedule    passes in the order of torch's action list (schedule_memory.py)
+    step end    reduction of gradients and update of weights (step_end.py)
+    run         start of the run, and work outside of steps, such as checkpoints
 
 Ranks at the same pipeline position differ only in their experts' rows. `plan.imbalance` is the busiest rank's rows
 divided by the mean.
@@ -47,16 +46,16 @@ from train.plan.memory.zero3 import Zero3Memory
 from train.plan.reserve import copies_memory, host_memory
 
 HELD_COPIES = 5
-"""Number of copies of rank states that a node holds in memory for each of its ranks if checkpoint.every_memory is set.
+"""Number of copies of rank states in a node's memory, per rank, if checkpoint.every_memory is set.
 
-These are two copies of the rank's state, two of its neighbour's state, and one that is being written.
+Two copies are of the rank, two are of its neighbour, and one is being written.
 """
 
 
 LATER = ("activations", "checkpoint", "copies")
 """Items of host memory that a run allocates after its start and never frees."""
 IS_FINITE_BYTES = 7
-"""Bytes per fp32 element that torch.isfinite allocates: 4 for absolute values, and 3 for boolean results."""
+"""Bytes per element that torch.isfinite allocates: 4 for absolute values, 3 for booleans."""
 STARTS = ("start", "resume", "init_from")
 
 
@@ -68,25 +67,23 @@ class RankMemory:
     layers: list[range]
     """Layers of each of the rank's stages, in order of stages."""
     items: dict[str, int]
-    """Live items at the peak, without items of 0 bytes.
+    """Bytes at the peak by item, without empty items.
 
-    Names: weights, casts (FP8 casts of weights), master, moments, gradients, activations (including hidden states
-    inside stages), dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace,
-    buffers.
+    Names: weights, casts (FP8 casts of weights), master, moments, gradients, activations (with hidden states inside
+    stages), dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers.
     """
     peak_bytes: int
     """Sum of the items."""
     peak_event: str
     """The action or phase at the peak."""
     in_flight: int
-    """Number of micro-batches that wait for backward at the schedule's peak, summed over the rank's stages."""
+    """Number of micro-batches that wait for backward at the schedule's peak."""
     phases: dict[str, PhaseBytes]
-    """Peak of each phase of the run; the function `phases` lists the names."""
+    """Peak bytes of each phase (see the function `phases`)."""
     host_items: dict[str, int]
-    """The rank's host memory by item. Empty on a CPU, where `items` includes these items.
+    """Bytes of host memory by item. Empty on a CPU, where `items` has them.
 
-    Names: master, moments, buffers, activations, average, checkpoint (until it is on disk), copies (in-memory copies of
-    the state).
+    Names: master, moments, buffers, activations, average, checkpoint (until it is on disk), copies (in-memory copies).
     """
 
     @property
@@ -102,13 +99,12 @@ def plan_memory(config: Config) -> list[RankMemory]:
 
 
 def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns the host memory of the ranks of the fullest node. ranks: one entry per pipeline rank, in any order."""
+    """Returns the host memory of the fullest node's ranks. ranks: one entry per pipeline rank"""
     return node_bytes(config, [rank.host_bytes for rank in ranks])
 
 
 def node_bytes(config: Config, sizes: Sequence[int]) -> int:
-    """Returns the sum of `sizes` on the fullest host. sizes: bytes of a rank at each pipeline position, in any
-    order."""
+    """Returns the sum of `sizes` on the fullest host. sizes: bytes of a rank at each pipeline position"""
     layout, together = layout_of(config), host_ranks(config)
     copies = min(layout.world // layout.pp, together)  # number of ranks at one pipeline position on a node
     most = sorted(sizes, reverse=True)[: max(1, together // copies)]
@@ -116,19 +112,18 @@ def node_bytes(config: Config, sizes: Sequence[int]) -> int:
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns how many bytes of memory a host lacks for its ranks' tensors or for its folder of in-memory copies,
-    whichever is more. 0 if the capacities are unknown."""
+    """Returns the bytes that a host lacks for tensors or for in-memory copies, whichever is more."""
     has = host_memory(config)
     return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
 
 
 def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns the bytes in the folder of in-memory copies, on the fullest host."""
+    """Returns the bytes of in-memory copies on the fullest host."""
     return node_bytes(config, [rank.host_items.get("copies", 0) * (HELD_COPIES - 1) // HELD_COPIES for rank in ranks])
 
 
 def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns by how many bytes the in-memory copies exceed the capacity of their folder."""
+    """Returns the bytes by which in-memory copies exceed their folder."""
     room = copies_memory(config)
     return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 
@@ -143,10 +138,10 @@ def rank_memory(
 ) -> RankMemory:
     """Plans the memory of one pipeline rank.
 
-    - scene: the settings that all passes share, as `scene_of` returns them.
-    - layers: layers of every stage; None: the layout's split.
-    - shortest: plan only enough micro-batches to find the memory peak. The micro-batch at the peak may then differ.
-    - depth: whether the peak is exact, or only a bound.
+    scene: settings of all passes (`scene_of`)
+    layers: layers of every stage; None: the layout's split
+    shortest: plan only enough micro-batches to find the memory peak
+    depth: whether the peak is exact, or only a bound
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -174,13 +169,16 @@ def rank_memory(
 def phases(
     config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
 ) -> dict[str, PhaseBytes]:
-    """Returns the peaks of one rank in each phase of its run. layers: as in `rank_memory`. The phases are:
+    """Returns the peaks of one rank in each phase of its run.
 
-    start       the rank builds its weights and the optimizer's state
-    schedule, reduction, update     the three parts of a step: passes, reduction of gradients, update
-    average, validation, checkpoint, copies, export     work outside of steps, if the recipe enables it
-    resume      a start from a checkpoint
-    init_from   a start from the weights of a Hugging Face folder
+        start        weights and the optimizer's state are built
+        schedule     passes of a step
+        reduction    reduction of gradients
+        update       update of weights
+        resume       start from a checkpoint
+        init_from    start from a Hugging Face folder
+
+    Phases outside of steps, if the recipe enables them: average, validation, checkpoint, copies, export.
     """
     state, host, moments = _moments(config, pp_rank, stage_rank, scene, layers)
     return _phases(config, pp_rank, stage_rank, scene, layers, state, host, moments)
@@ -196,7 +194,7 @@ def _phases(
     host: Counter,
     moments: dict[str, MemoryPeak],
 ) -> dict[str, PhaseBytes]:
-    """Returns the peaks of one rank in each phase. state, host, moments: the results of `_moments`."""
+    """Returns the peaks by phase. state, host, moments: results of `_moments`"""
     held, kept = sum(state.values()), sum(host.values())
 
     def on_host(device: int, host: int, more: int) -> PhaseBytes:
@@ -227,8 +225,7 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Returns the peak bytes of an export of weights (train/export/run.py). The export holds a part of the weights in
-    fp32, and checks it for finite values."""
+    """Returns the peak bytes of an export, which holds weights in fp32 and checks them."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))
@@ -239,10 +236,10 @@ def export_bytes(config: Config) -> int:
 
 
 def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
-    """Returns the peak bytes while a rank starts. held: bytes that are still in use after the start.
+    """Returns the peak bytes while a rank starts. held: bytes in use afterwards
 
-    ZeRO stage 3 initialises one expert at a time in fp32, and shards it before the next. With an adapter, all weights
-    exist before they are sharded.
+    ZeRO stage 3 initialises and shards one expert after the other. With an adapter, all weights exist before they are
+    sharded.
     """
     if config.parallel.zero < 3:
         return held
@@ -266,8 +263,7 @@ def _moments(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
-    """Returns a rank's permanent device bytes and host bytes, by item, and the peak of each phase. The peaks exclude
-    permanent bytes."""
+    """Returns a rank's permanent device bytes and host bytes by item, and each phase's peak without permanent bytes."""
     chunks = chunk_parts(config, layers)[pp_rank]
     weights = rank_weights(config, list(chunks.values()))
     groups = shards(config, weights)
@@ -340,8 +336,10 @@ def _moments(
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
-    """Returns the settings that all passes of a run share. load: number of rows that this rank's experts receive; None:
-    plan.imbalance times the mean, equal for all experts."""
+    """Returns the settings that all passes share.
+
+    load: rows of this rank's experts; None: plan.imbalance times the mean, equal for all experts
+    """
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:
@@ -374,13 +372,13 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
-    """Returns the parts of every stage, by pipeline rank. layers: layers of every stage; None: the layout's split."""
+    """Returns the parts of every stage, by pipeline rank. layers: as in `rank_memory`"""
     layers = layers or stage_layers(config)
     return [{stage: parts_of_stage(config, layers, stage) for stage in stages} for stages in config.parallel.placement]
 
 
 def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
-    """Returns the names of the parts of one stage. layers: layers of every stage."""
+    """Returns the part names of one stage. layers: layers of every stage"""
     blocks = [block_of(config.model, index) + _behind(config.model, place) for place, index in enumerate(layers[stage])]
     return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == len(layers) - 1))
 
@@ -426,14 +424,14 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
     """Returns the bytes of ZeRO-Offload's host buffers: the shard's gradients and updated weights, and the largest
-    complete weight."""
+    weight."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
-    """Returns the bytes of the RoPE tables, the routers' counters, and the tokens of a step."""
+    """Returns the bytes of RoPE tables, routers' counters, and a step's tokens."""
     model = config.model
     tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
     routers = sum(
@@ -453,14 +451,13 @@ def _walk(
     depth: WalkDepth,
     ahead: dict[int, tuple[int, int]],
 ) -> tuple[MemoryPeak, int]:
-    """Returns the peak of device memory in the schedule, and the peak bytes of activations on the host."""
+    """Returns the schedule's peak on the device, and the peak bytes of activations on the host."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        """Returns the bytes of the gradients that backward allocates for these parts: with optim.index_warmup, only
-        those of the indexers."""
+        """Returns the bytes of these parts' gradients. With optim.index_warmup, only indexers have gradients."""
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

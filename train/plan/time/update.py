@@ -58,7 +58,7 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights of one rank: dense, and of experts."""
+    """Numbers of dense weights and of expert weights of one rank."""
 
     dense: float
     experts: float
@@ -245,10 +245,9 @@ def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int
 
 
 def stage3_passes(config: Config) -> tuple[int, int]:
-    """Returns how often each micro-batch reduces the gradients of all weights and gathers all weights, at ZeRO stage 3.
+    """Returns how often a micro-batch at ZeRO stage 3 reduces all gradients, and gathers all weights.
 
-    In a warm-up of indexers, backward gathers no weights. It reduces only the indexers' gradients, which are too few to
-    count.
+    In a warm-up of indexers, backward gathers no weights. The indexers' gradients are too few to count.
     """
     return (0, 1) if config.optim.index_warmup else (1, 2)
 
