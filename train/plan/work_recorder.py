@@ -31,7 +31,7 @@ from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.hopper import HopperEngine, PaddedOperand, TritonMatmuls
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.model.chosen_attention import ChosenInput, ChosenOutput
-from train.model.indexer import IndexLoss, IndexVectors
+from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 from train.model.operations import Kernels
 from train.model.sequence import Rectangle, SeenKeys
 
@@ -343,7 +343,7 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Bytes that an indexer moves per head and (query, key) pair."""
+"""Bytes that fp32 scores move per head and (query, key) pair."""
 
 
 CHOICE_BYTES = 50
@@ -367,9 +367,13 @@ def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
     return sum((batch if one.sequence is None else 1) * _pairs(one) for one in seen.rectangles)
 
 
-def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss: five GEMMs over all keys."""
-    return _count_index(5, index, seen, out)
+def _count_index_loss(
+    out: IndexLoss, index: IndexVectors, seen: SeenKeys, target: AttentionTarget, **rest: Any
+) -> Work:
+    """Returns the work of the indexer's loss over all keys: five GEMMs of the indexer, and the scores of attention."""
+    work, (_, H, _, Q) = _count_index(5, index, seen, out), target.q_BHTQ.shape
+    pairs = H * _all_pairs(index, seen)
+    return work._replace(flops=work.flops + 2 * pairs * Q, bytes=work.bytes + SCORE_BYTES * pairs)
 
 
 def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
