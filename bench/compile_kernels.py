@@ -41,7 +41,7 @@ from train.kernels.fp8 import triton_quantize as kernels
 from train.kernels.fp8.formats import E4M3, E5M6, MX_TILE, TILE, Cast
 from train.kernels.gpu import fused_rows, triton_adamw, triton_chosen, triton_route
 from train.kernels.gpu.triton_grouped import grouped_weight_gradient
-from train.kernels.gpu.triton_index import fused_index_scores
+from train.kernels.gpu.triton_index import fused_index_scores, fused_mean_attention
 from train.model.operations import RoutingRule
 
 ARCHITECTURES = (90, 100)
@@ -231,6 +231,9 @@ def of_the_model() -> dict[str, Callable]:
         "model: route_bwd": lambda: triton_route.route_backward(eight, (*made, bias), logits, rule, 1e-4),
         "model: index scores": lambda: fused_index_scores(
             q[0, :128, :64, :128], latent[0, :, :128], gates.expand(128, -1)[:, :64]
+        ),
+        "model: mean attention": lambda: fused_mean_attention(
+            q[0, :128].transpose(0, 1), q[0, 128:256].transpose(0, 1), bias[:128].expand(128, -1), 0.1
         ),
         "model: swiglu": lambda: fused_rows.swiglu(h, None),
         "model: swiglu, gated": lambda: fused_rows.swiglu(h, gates),

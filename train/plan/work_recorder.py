@@ -128,16 +128,20 @@ class WorkRecorder:
         finally:
             self._once = False
 
-    def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Run a call and record it as one kernel. count: returns the call's work, from its result and arguments"""
+    def run(self, call: Callable[..., Any], count: Callable[..., Work | list[Work]], *args: Any, **kwargs: Any) -> Any:
+        """Run a call and record it. count: returns the call's work by kind, from its result and arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
         out = self._silently(call, *args, **kwargs)
-        self._note(count(out, *args, **kwargs), self._clock() - started)
+        found = count(out, *args, **kwargs)
+        works = found if isinstance(found, list) else [found]
+        seconds = (self._clock() - started) / len(works)
+        for work in works:
+            self._note(work, seconds)
         return out
 
-    def listen(self, owner: Any, name: str, count: Callable[..., Work]) -> None:
+    def listen(self, owner: Any, name: str, count: Callable[..., Work | list[Work]]) -> None:
         """Record all calls of a method. count: as in `run`."""
         call = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
@@ -376,6 +380,16 @@ def _count_index_loss(
     return work._replace(flops=work.flops + 2 * pairs * Q, bytes=work.bytes + SCORE_BYTES * pairs)
 
 
+def _count_fused_index_loss(
+    out: IndexLoss, index: IndexVectors, seen: SeenKeys, target: AttentionTarget, **rest: Any
+) -> list[Work]:
+    """Returns the work of the indexer's loss: three fp32 GEMMs for gradients, and kernels for attention and, twice, for
+    scores (train/kernels/gpu/triton_index.py)."""
+    (*_, heads, width), (_, H, _, Q), pairs = index.q_BTHI.shape, target.q_BHTQ.shape, _all_pairs(index, seen)
+    scores = Work(f"index_{_form(target.q_BHTQ)}", 2 * pairs * (2 * heads * width + H * Q), CHOICE_BYTES * pairs)
+    return [_count_index(3, index, seen, out), scores]
+
+
 def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
     """Returns the work of an indexer's fp32 GEMMs. products: their number."""
     (*_, H, I), made = index.q_BTHI.shape, _size((out, index))
@@ -473,6 +487,7 @@ _MATMULS = {
 }
 _FUSED = {
     "choose_keys": _count_fused_choice,
+    "index_loss": _count_fused_index_loss,
     "attend_chosen": _count_fused_chosen,
     "attend_chosen_backward": _count_fused_chosen_backward,
 }

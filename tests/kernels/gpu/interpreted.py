@@ -18,7 +18,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.chosen_attention import ChosenInput
-from train.model.indexer import IndexVectors, best_keys, index_scores
+from train.model.indexer import AttentionTarget, IndexVectors, best_keys, index_scores
 from train.model.operations import RoutingRule
 from train.model.sequence import Positions, Rectangle, SeenKeys
 from train.prove.double import in_double
@@ -188,6 +188,24 @@ def test_scores_of_an_indexer(queries, keys, heads, width):
     w = torch.randn(queries, heads, generator=torch.Generator().manual_seed(2))
     made, expected = triton_index.fused_index_scores(q, k, w), index_scores(q, k, w, 1 << 20)
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "queries, keys, heads, width", [(1, 1, 1, 8), (70, 140, 3, 24), (65, 300, 2, 12), (5, 0, 2, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_mean_attention_of_all_heads(queries, keys, heads, width, dtype):
+    """fp32 sums of exact products in another order; also from a part of wider rows, and with keys that a query must not see."""
+    q, k = draw(2, heads, queries + 2, width).to(dtype), draw(heads, keys, width + 3, seed=1)[..., :width].to(dtype)
+    bias = torch.zeros(queries, keys).masked_fill_(
+        torch.ones(queries, keys).triu(max(1, keys - queries)).bool(), -torch.inf
+    )
+    scores = q[1, :, :queries].float() @ k.float().mT * 0.3 + bias
+    target = AttentionTarget(q, torch.full((2, heads, queries + 2), torch.inf), 0.3, lambda: iter([]))
+    target.lse_BHT[1, :, :queries] = scores.logsumexp(-1)
+    expected = PLAIN.mean_attention(target, 1, slice(0, queries), k, bias)
+    made = triton_index.fused_mean_attention(q[1, :, :queries], k, target.lse_BHT[1, :, :queries], 0.3)
+    torch.testing.assert_close(made.masked_fill_(bias == -torch.inf, 0), expected, rtol=1e-5, atol=1e-6)
 
 
 def chosen_input(dtype, batch, queries, keys, top_k, heads, rank, rope, before) -> ChosenInput:

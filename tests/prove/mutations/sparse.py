@@ -277,19 +277,19 @@ def target_not_normalised_over_the_chosen(bug: Seams) -> None:
 
 @mutation(f"{OURS}: the attention of the heads is summed and not divided", "sparse warm-up", FORWARD, "index_loss")
 def target_summed_over_heads(bug: Seams) -> None:
-    def attention(original, target, b, queries, k_HSQ, bias_CS):
-        return original(target, b, queries, k_HSQ, bias_CS) * len(k_HSQ)
+    def attention(original, self, target, b, queries, k_HSQ, bias_CS):
+        return original(self, target, b, queries, k_HSQ, bias_CS) * len(k_HSQ)
 
-    bug.around(plain_indexer, "_mean_attention", attention)
+    bug.around(PlainKernels, "mean_attention", attention)
 
 
 @mutation(f"{OURS}: the indexer learns from the first head alone", "sparse warm-up", FORWARD, "index_loss")
 def target_of_the_first_head(bug: Seams) -> None:
-    def attention(original, target, b, queries, k_HSQ, open_CS):
+    def attention(original, self, target, b, queries, k_HSQ, open_CS):
         one = replace(target, q_BHTQ=target.q_BHTQ[:, :1], lse_BHT=target.lse_BHT[:, :1])
-        return original(one, b, queries, k_HSQ[:1], open_CS)
+        return original(self, one, b, queries, k_HSQ[:1], open_CS)
 
-    bug.around(plain_indexer, "_mean_attention", attention)
+    bug.around(PlainKernels, "mean_attention", attention)
 
 
 @mutation(f"{OURS}: the gradient of the indexer forgets its target", "sparse warm-up", BACKWARD, "indexer")

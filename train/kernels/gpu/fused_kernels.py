@@ -17,7 +17,7 @@ from train.kernels.plain.plain_chosen import chosen_index_loss
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.plain.routing import Route
 from train.model.attention import AttentionCore
-from train.model.indexer import IndexLoss, IndexVectors
+from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 from train.model.operations import ExpertGroups, RouterCounters, RoutingRule
 from train.model.sequence import Positions
 from train.model.weight_gradient import LinearMatmul
@@ -129,6 +129,14 @@ class FusedKernels(PlainKernels):
         from train.kernels.gpu.triton_index import fused_index_scores
 
         return fused_index_scores(q_CHI, k_SI, w_CH)
+
+    def mean_attention(self, target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:
+        if not k_HSQ.is_cuda or k_HSQ.dtype == torch.float64:
+            return super().mean_attention(target, b, queries, k_HSQ, bias_CS)
+        from train.kernels.gpu.triton_index import fused_mean_attention
+
+        q_HCQ, lse_HC = target.q_BHTQ[b, :, queries], target.lse_BHT[b, :, queries]
+        return fused_mean_attention(q_HCQ, k_HSQ, lse_HC, target.scale).masked_fill_(bias_CS == -torch.inf, 0)
 
     def chosen_index_loss(
         self, index: IndexVectors, chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor

@@ -43,8 +43,19 @@ def choose_keys(
     return chosen_BTK
 
 
-def index_loss(index: IndexVectors, seen: SeenKeys, target: AttentionTarget, weight_BT: Tensor) -> IndexLoss:
-    """Implements `train.model.operations.Kernels.index_loss`."""
+def index_loss(
+    index: IndexVectors,
+    seen: SeenKeys,
+    target: AttentionTarget,
+    weight_BT: Tensor,
+    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attention_of: Callable[[AttentionTarget, int, slice, Tensor, Tensor], Tensor],
+) -> IndexLoss:
+    """Implements `train.model.operations.Kernels.index_loss`.
+
+    scores_of: computes the scores of a block of queries.
+    attention_of: computes the mean attention of a block, like `mean_attention`.
+    """
     q_BTHI, k_BSI, _ = index
     batch, device = len(q_BTHI), q_BTHI.device
     grads = IndexVectors(*(torch.zeros(t.shape, device=device) for t in index))
@@ -53,13 +64,15 @@ def index_loss(index: IndexVectors, seen: SeenKeys, target: AttentionTarget, wei
 
     for sequences, queries, keys, bias_CS in query_blocks(seen, k_BSI.size(1), batch, device):
         for b in sequences:
-            lse_BT[b, queries] = (_scores(index, b, queries, keys) + bias_CS).logsumexp(-1)
+            lse_BT[b, queries] = (_scores(index, b, queries, keys, scores_of) + bias_CS).logsumexp(-1)
     for k_BHLQ, seen_here, first in target.blocks():
         for sequences, queries, own, bias_CS in query_blocks(seen_here, k_BHLQ.size(2), batch, device):
             keys = slice(first + own.start, first + own.stop)
             for b in sequences:
-                p_CS = _mean_attention(target, b, queries, k_BHLQ[b, :, own], bias_CS)
-                log_CS = _scores(index, b, queries, keys).add_(bias_CS).sub_(lse_BT[b, queries].unsqueeze(-1))
+                p_CS = attention_of(target, b, queries, k_BHLQ[b, :, own], bias_CS)
+                log_CS = (
+                    _scores(index, b, queries, keys, scores_of).add_(bias_CS).sub_(lse_BT[b, queries].unsqueeze(-1))
+                )
                 weight_C1 = weight_BT[b, queries].unsqueeze(-1)
                 apart_CS = torch.xlogy(p_CS, p_CS) - (p_CS * log_CS).masked_fill_(p_CS == 0, 0)
                 loss += (apart_CS * weight_C1).sum()
@@ -72,12 +85,12 @@ def _scores(
     b: int,
     queries: slice,
     keys: slice,
-    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] = block_scores,
+    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     return scores_of(index.q_BTHI[b, queries], index.k_BSI[b, keys], index.w_BTH[b, queries])
 
 
-def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:
+def mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:
     """Returns the attention probabilities, averaged over the heads: (C, S)."""
     heads = len(k_HSQ)
     p_CS = torch.zeros_like(bias_CS)

@@ -16,7 +16,7 @@ from train.kernels.plain import grouped
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_chosen import PlainChosen, chosen_index_loss
-from train.kernels.plain.plain_indexer import block_scores, choose_keys, index_loss
+from train.kernels.plain.plain_indexer import block_scores, choose_keys, index_loss, mean_attention
 from train.kernels.plain.routing import Route
 from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.chosen_attention import ChosenInput, ChosenOutput
@@ -105,7 +105,11 @@ class PlainKernels(Kernels):
         target: AttentionTarget,
         weight_BT: Tensor,
     ) -> IndexLoss:
-        return index_loss(index, seen, target, weight_BT)
+        return index_loss(index, seen, target, weight_BT, self.index_scores, self.mean_attention)
+
+    def mean_attention(self, target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:
+        """Returns the attention probabilities of a block of one sequence, averaged over the heads: (C, S)."""
+        return mean_attention(target, b, queries, k_HSQ, bias_CS)
 
     def attend_chosen(self, given: ChosenInput) -> ChosenOutput:
         return self.chosen.forward(given)
