@@ -135,6 +135,7 @@ def layers() -> tuple[list[str], list[str]]:
         f"the norm and an update of any number of parameters: {many} launches",
         *(f"attention inside {case}: {calls.launches} launches" for case, calls in inside.items()),
         f"attention over chosen keys and the loss of the indexer: {chosen.launches} launches",
+        f"the loss of the indexer over all keys: {layers.count_index_loss().launches} launches",
     ]
 
 

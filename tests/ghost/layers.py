@@ -19,7 +19,7 @@ from tests.ghost.traffic import STAND_IN, traffic
 from train.kernels.choice import build_kernels, choose_kernels
 from train.model.attention import AttentionInput
 from train.model.chosen_attention import ChosenInput
-from train.model.indexer import IndexVectors
+from train.model.indexer import AttentionTarget, IndexVectors
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 
@@ -204,6 +204,27 @@ def count_chosen() -> Calls:
     with recorded() as calls:
         both()
     assert not calls.waits, "attention over chosen keys waits for the device"
+    return calls
+
+
+def count_index_loss() -> Calls:
+    """The loss of an indexer over all keys, as in a warm-up, in a layer of DeepSeek-V3.2 with a sequence of a quarter of LENGTH."""
+    model, kernels, length = compose("conf=deepseek_v32", "mode=dry_run").model, build_kernels("cuda"), LENGTH // 4
+    sizes = (model.sparse.heads, model.sparse.head_dim), (model.sparse.head_dim,), (model.sparse.heads,)
+    q, k, w = (torch.zeros(1, length, *size, device="cuda", dtype=torch.bfloat16) for size in sizes)
+    width, seen = model.nope_head_dim + model.rope_head_dim, Positions(length).seen_whole
+    heads = torch.zeros(1, model.heads, length, width, device="cuda", dtype=torch.bfloat16)
+    lse = torch.zeros(1, model.heads, length, device="cuda")
+    target = AttentionTarget(heads, lse, width**-0.5, lambda: iter([(heads, seen, 0)]))
+
+    def run() -> None:
+        kernels.index_loss(IndexVectors(q, k, w.float()), seen, target, torch.ones(1, length, device="cuda"))
+
+    run()
+    with recorded() as calls:
+        run()
+    assert not calls.waits, "the loss of an indexer waits for the device"
+    assert calls.kernels["_mean_attention_kernel"] and calls.kernels["_index_scores_kernel"]
     return calls
 
 
