@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.show.screens import final_screen, stopped_screen
+from train.show.screens import Progress, final_screen, show_rows, stopped_screen
 
 
 def console(width: int = 40, **more) -> Console:
@@ -45,6 +45,15 @@ def test_an_ascii_terminal_shows_question_marks():
     final_screen("tiny", 1, sample="na\u00efve \x07", console=Console(file=stream, width=40))
     stream.flush()
     assert b"| na?ve ?" in stream.buffer.getvalue()
+
+
+def test_titles_and_notes_break_between_words_in_a_narrow_terminal():
+    screen = Console(width=60, force_terminal=True, color_system=None, record=True)
+    sentence = "the base of MFU is 1.61 TFLOP/s per rank: best GEMM so far, stored in a file of the folder of peaks"
+    show_rows(screen, sentence, "green", [("Files", sentence)])
+    Progress("a", 3, enabled=False, console=screen).note(sentence)
+    lines = [line.rstrip() for line in screen.export_text().splitlines()]
+    assert max(map(len, lines)) <= 60 and " ".join(" ".join(lines).split()).count(sentence) == 3
 
 
 def test_final_screen_leaves_out_what_there_is_not():

@@ -15,7 +15,7 @@ from cluster.place import Place
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from conf.load import report
 from conf.schema import Config
-from conf.words import say, sentence
+from conf.words import say_folded, sentence
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
 from train.generate.conversation import Conversation, answer_each_line, converse
 from train.generate.generation import Generation, start
@@ -148,4 +148,4 @@ def _batches(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _say(text: str) -> None:
-    say(sentence(text, indent=2), file=sys.stderr, flush=True)
+    say_folded(sentence(text, indent=2), 2, sys.stderr)

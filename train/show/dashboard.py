@@ -12,7 +12,7 @@ from typing import Any
 from conf.errors import EXIT_OK, UserError, first_line
 from conf.files import atomic_write_text
 from conf.schema import Config, Model
-from conf.words import say
+from conf.words import say, say_folded
 from train.metrics.names import SCALARS, WANDB
 from train.model.count import moe_layers
 from train.show.wandb_sink import has_key, layer_key, place_at_wandb
@@ -128,9 +128,10 @@ def build_dashboard(config: Config) -> int:
     atomic_write_text(folder / DASHBOARD_FILE, json.dumps(specification(workspace), indent=1) + "\n")
     say(f"the workspace's definition: {folder / DASHBOARD_FILE}")
     if not online:
-        say(
+        say_folded(
             "no W&B key on this machine, so nothing was sent. To get the workspace: `wandb login`, then the same command "
-            f"again;\nan offline run is sent by `wandb sync {folder / 'wandb'}/offline-run-*`"
+            f"again;\nan offline run is sent by `wandb sync {folder / 'wandb'}/offline-run-*`",
+            2,
         )
         return EXIT_OK
     try:

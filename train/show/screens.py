@@ -99,9 +99,9 @@ def quoted_lines(text: str, indent: str = "") -> list[str]:
 
 def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
     """Prints a title in a style (GOOD, WARN), then labelled lines."""
-    console.print()
-    console.print(Text(printable(title, console.encoding), style=style), soft_wrap=True)
     margin, columns = LABEL + 2, console.width if console.is_terminal else None
+    console.print()
+    console.print(Text(folded(printable(title, console.encoding), columns, 2), style=style), soft_wrap=True)
     for label, value in rows:
         lines = (" " * margin + line for line in printable(value, console.encoding).split("\n"))
         width = None if label.endswith("with") else columns  # a command to copy stays on one line
@@ -208,7 +208,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a sentence above the progress line, even if no progress line is shown."""
-        self._print(sentence(text, indent=2))
+        columns = self._console.width if self._console.is_terminal else None
+        self._print(folded(sentence(text, indent=2), columns, 2))
 
     def close(self) -> None:
         if self._live is not None:
