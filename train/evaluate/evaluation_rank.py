@@ -107,8 +107,10 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Returns the number of found pass keys, and a pass key's mean loss in nats. size: texts that a rank runs at a
-    time."""
+    """Returns the number of found pass keys, and a pass key's mean loss in nats.
+
+    size: number of texts that a rank runs at a time.
+    """
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
         # All ranks must run the same number of forward passes, because they exchange tokens. A rank without texts
@@ -135,10 +137,11 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns two values per text, (B, 2), over the key tokens on this rank: their loss in nats, and the number of
-        tokens that the model does not rank first.
+        """Returns two sums per text over the pass-key tokens on this rank, (B, 2).
 
-        keys: number of key tokens in each text.
+        The first sum is the loss in nats. The second is the number of tokens that the model does not rank first.
+
+        keys: number of pass-key tokens in each text.
         """
         self._keys, self._sums_B2 = keys, torch.zeros(len(keys), 2, dtype=torch.float64)
         forward()

@@ -84,7 +84,7 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:
-    """Returns a task's numeric results. METRIC,none becomes METRIC."""
+    """Returns a task's numeric results. The key `METRIC,none` is shortened to `METRIC`."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -136,7 +136,7 @@ class Harness(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Scores a batch of pairs (context, continuation), padded at the end."""
+        """Scores a batch of pairs (context, continuation). Rows are padded at their end."""
         for _, continuation in pairs:
             if len(continuation) > self._seq_len:
                 raise UserError("seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "omit this task")

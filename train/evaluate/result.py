@@ -63,7 +63,7 @@ from train.model.sequence import Positions
 # vocabulary, N positions of all sequences, flattened.
 
 RANGES = 6
-"""Maximum number of ranges of positions."""
+"""Maximum number of position ranges, each of which gets a separate loss."""
 SHORTEST = 32
 """Minimum number of positions in a range, unless the sequence has only one range."""
 
@@ -132,7 +132,7 @@ def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tens
 
 
 def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
-    """Returns the values at all positions, from all ranks' parts."""
+    """Returns the values at all positions of the sequences. Ranks that share a sequence exchange their values."""
     if positions.share is None:
         return own_BT
     rows = [len(piece) for piece in positions.pieces]
@@ -140,12 +140,12 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""A number of sequences that requests a complete source."""
+"""Number of sequences that stands for all sequences of a source."""
 
 
 @dataclass(frozen=True)
 class EvaluatedSource:
-    """A data source, and the sequences that are evaluated."""
+    """A data source, and its sequences that are evaluated."""
 
     name: str
     own: bool
@@ -174,7 +174,7 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """Raise UserError if the run held out documents differently."""
+    """Raise UserError if `config` does not hold out the same documents as the run."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),
@@ -295,7 +295,7 @@ def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
 
 
 def lines_of_answers(judged: JudgedAnswers) -> list[str]:
-    """Returns a title line, and one line per scored set."""
+    """Returns a title line, and one line per scored set of answers."""
     title = f"{'ROUGE-L':>12}  {'loss':>8}  answers to {judged.questions} held-out questions"
     rows = [
         f"{score.rouge_l:>12.4f}  {'' if score.loss is None else _text(score.loss, 4):>8}  {score.of}"

@@ -17,7 +17,7 @@ from train.program import install_words
 
 
 def evaluate(config: Config, alone: bool) -> int:
-    """Evaluate a checkpoint. alone: whether this process may run as the rank."""
+    """Evaluate a checkpoint. alone: whether this process may run as the only rank."""
     if config.evaluate.tasks:
         _require_harness(config)
     target = find_target(config)

@@ -73,7 +73,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:
-    """Returns the configuration with `folder` as tokenizer, if needed."""
+    """Returns the configuration. If it names no tokenizer, it gets the tokenizer in `folder`, if there is one."""
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))

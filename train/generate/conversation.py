@@ -32,7 +32,7 @@ class Conversation:
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
         """say: prints a sentence for the user.
 
-        Raises UserError without a template.
+        Raises UserError if there is no chat template.
         """
         self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)

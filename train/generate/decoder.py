@@ -190,7 +190,7 @@ class RoutingTap:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Return the last pass's experts, (T, L, K), including padding."""
+        """Return the experts of the last forward pass, (T, L, K), including padding."""
         chosen, self._chosen = self._chosen, []
         return torch.stack(chosen, 1)
 

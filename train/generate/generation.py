@@ -78,7 +78,7 @@ class DrawnText:
     cut_logprobs: list[float]
     """Log-probability of each token in the distribution after the top_p cut."""
     experts_TLK: Tensor | None
-    """Experts of every token except the last, int64, or None."""
+    """Ids of the experts that each token except the last was sent to, int64; None if not recorded."""
 
 
 class Generation:

@@ -43,7 +43,7 @@ class LoadedModel:
     words: Path
     """Folder with the tokenizer and any chat template."""
     notes: tuple[str, ...] = ()
-    """Further notes for the user."""
+    """Messages about the model for the user."""
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:

@@ -21,7 +21,7 @@ class TextStream:
         self._open: list[int] = []
         """Tokens after the last complete character."""
         self._shown = 0
-        """Number of returned characters of the tokens in `_open`."""
+        """Number of characters of `_open`'s text that `feed` has returned already."""
 
     def feed(self, ids: list[int]) -> str:
         """Add tokens; return new text up to the last complete character."""

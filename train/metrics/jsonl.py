@@ -21,7 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
 """Maximum number of tokens-per-expert values per line, averaged over lines.
 
-A model with more of these values has them only in the lines of every n-th step.
+A model with more of these values writes them only every n-th step.
 """
 TAIL = 1 << 18
 """Bytes at the file's end that `read_last_lines` reads."""
@@ -135,7 +135,7 @@ def read_heads(path: Path) -> Iterator[Record]:
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Yields (record without layer values, whether it has tokens per expert)."""
+    """Yields, for each line: the record without its layer values, and whether the line has tokens per expert."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):

@@ -1,8 +1,8 @@
 """Defines the table of metrics: names in metrics.jsonl, units, meanings, conditions, W&B panels, report curves.
 
 A line of metrics.jsonl is one JSON object. Scalars are first, in the order of the table, then events, then layer
-values. A reader can parse only the part before LAYERS_MARK. A missing metric was not measured in this step; null means
-a non-finite number.
+values. A reader that needs no layer values may stop at LAYERS_MARK. A missing metric was not measured in this step;
+null means a non-finite number.
 
 MoE layers have the names of their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets
 the scalars, and the layer values that WANDB lists, with names such as `layers_3`.
@@ -506,7 +506,7 @@ _ORDER = [metric.name for metric in SCALARS + EVENTS + LAYERS]
 
 
 def table_name(name: str) -> str:
-    """Returns a metric's name in the table: mtp_loss_K for `mtp_loss_2`, layer_max_vio/LAYER for W&B's
+    """Returns a metric's name in the table of metrics: mtp_loss_K for `mtp_loss_2`, layer_max_vio/LAYER for W&B's
     `layer_max_vio/mtp_0`."""
     base, _, depth = name.rpartition("_")
     if base == "mtp_loss" and depth.isdecimal():

@@ -71,7 +71,7 @@ def _format(dtype: torch.dtype) -> str:
 
 
 def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[str, Any]:
-    """Returns the properties that comparable measurements share."""
+    """Returns the properties that must be equal in comparable measurements."""
     on_cuda, compiled = device.type == "cuda", dtype == torch.bfloat16 and "products" in kernels.parts
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
@@ -84,7 +84,7 @@ def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[st
 def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
     """Returns the higher of the cached rate and the new rate `now`, and stores it.
 
-    Each kind of measurement has a file, which is replaced atomically.
+    Measurements with the same `kind` (device, threads, dtype and code) share a file, which is replaced atomically.
     """
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
     kept, problem = _read_kept(path, kind)

@@ -30,7 +30,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """Formats the signed relative error in percent; empty without a measurement."""
+    """Formats the signed relative error of a planned value in percent; empty if `measured` is 0."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 

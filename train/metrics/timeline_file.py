@@ -46,7 +46,7 @@ class SampledStep:
 
     @property
     def bubble(self) -> float:
-        """Fraction of the ranks' time without an action."""
+        """Fraction of the ranks' time in which they run no action."""
         busy = sum(action["seconds"] for action in self.actions)
         return 1 - busy / (self.span * len(self.span_seconds))
 

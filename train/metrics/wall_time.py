@@ -39,7 +39,7 @@ PART_WORDS = {
     "restart": "restarts after a failure",
     "waiting": "waiting for nodes",
 }
-"""Parts of a run's wall time and descriptions, in display order."""
+"""Maps each part of a run's wall time to its description, in display order."""
 TimeSpan = tuple[float, float]
 
 
@@ -61,7 +61,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Returns (name, description, share) of each nonzero part."""
+        """Returns (name, description, fraction of the wall time) of each nonzero part."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
@@ -106,7 +106,8 @@ def _of_starts(
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
     """Splits the time of a run without driver events.
 
-    Returns the seconds of each part, the time intervals of unrepeated steps, and the number of starts.
+    Returns the seconds of each part of the wall time, the time intervals of the steps that were not repeated, and the
+    number of starts.
     """
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
@@ -147,7 +148,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Yields consecutive records of an interval, and the seconds between them."""
+    """Yields pairs of consecutive records that are in one of `spans`, and the seconds between the two records."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -214,7 +215,7 @@ def last_failure(run_folder: Path) -> str:
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """Returns a sentence, and (time, attempt, event, text) for each event."""
+    """Returns a sentence about all attempts and lost time, and (time, attempt, event, text) for each event."""
     events = read_events(run_folder)
     if not events:
         return None

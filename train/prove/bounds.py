@@ -63,7 +63,7 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """Returns the recipe's coarsest number format; an FP8 wire format counts."""
+    """Returns the recipe's coarsest number format; an FP8 wire format counts too."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"

@@ -48,7 +48,7 @@ VERIFIED = {
         "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
     ),
 }
-"""Maps a field of card.md to (phases whose comparisons must hold, statement that they verify)."""
+"""Maps a field of card.md to (phases whose comparisons must hold, statement that is then verified)."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
@@ -80,7 +80,7 @@ class Certificate:
     differences: Sequence[Difference]
     """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """How often each mechanism, such as clipping, acted and could act."""
+    """How often each mechanism, such as clipping, acted, and how often it could have acted."""
     proven: Mapping[str, Any] = field(default_factory=dict)
     """The proven recipe, layout and code; see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)

@@ -28,9 +28,9 @@ class Measurement(NamedTuple):
     error: float
     """The error that is compared with the bound."""
     scale: float | None = None
-    """The unit of all elements; None if their units differ."""
+    """The unit of the errors of all elements; None if elements have different units."""
     share: float = 1.0
-    """The unit as a fraction of the compared tensor's magnitude."""
+    """The unit of the errors, as a fraction of the compared tensor's magnitude."""
     inconclusive: int = 0
     """Number of elements in which rounding could hide a fault."""
     most_inconclusive: float = math.inf

@@ -189,7 +189,7 @@ def depth_of(name: str) -> int:
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
     """Returns the positions of a sequence that a rank computes at an MTP depth.
 
-    With context parallelism, a rank has one piece of each half of the sequence.
+    With context parallelism, a rank has one slice of each half of the sequence.
     """
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
@@ -231,7 +231,7 @@ class EvidenceWatch:
             dispatcher.start_step()
 
     def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
-        """Replaces a layer's choice of keys. choose: the original method."""
+        """Replaces a layer's method that chooses keys. choose: the original method."""
         index, keys_BTK = choose(*given)
         if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
             number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1

@@ -42,8 +42,8 @@ WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "c
 def first_of(differences: Sequence[Difference]) -> Difference | None:
     """Returns the failed comparison that is closest to a fault's origin.
 
-    differences: failed comparisons, in the order of the computation. In low precision, differences in single parts take
-    precedence.
+    differences: failed comparisons, in the order of the computation. In low precision, a failed comparison of a single
+    model part takes precedence.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
@@ -103,7 +103,7 @@ class ProofFindings:
     differences: list[Difference] = field(default_factory=list)
     """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """How often each mechanism, such as clipping, acted and could act."""
+    """How often each mechanism, such as clipping, acted, and how often it could have acted."""
     device: str = "cpu"
     """Device type of the ranks: cpu or cuda."""
     second_layout: str = ""

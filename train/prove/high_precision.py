@@ -66,7 +66,7 @@ class AttentionSlopes(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Total:
-    """Computes softmax(scale q k^T) v, (B, H, T, ...). unseen: forbidden keys."""
+    """Computes softmax(scale q k^T) v, (B, H, T, ...). unseen: mask of forbidden keys."""
     p, off = _shares(q, k, scale, unseen)
     return Total(p @ v, p @ v.abs(), off @ v.abs())
 
@@ -110,7 +110,7 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
 
 
 def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
-    """Returns the smallest index score error that explains a rank's keys."""
+    """Returns the smallest error of index scores that could have led a rank to its choice of keys."""
     kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
     worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
     behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # if a query sees fewer than top_k keys
@@ -222,7 +222,7 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """Returns the smallest score error that explains a rank's choice of experts."""
+    """Returns the smallest error of router scores that could have led a rank to its choice of experts."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
     open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
@@ -232,7 +232,7 @@ def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
         least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
         behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
         excess = behind_NK.max().item() / (2 * count)
-        # With errors up to `excess`, a group is certainly chosen only this far above the limit.
+        # If scores have errors up to `excess`, only a group this far above the limit is certainly chosen.
         open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
     inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
     kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]

@@ -11,7 +11,7 @@ the computation. So the first failed comparison shows the origin of a fault:
     validation     loss on held-out sequences                                                 judge_model.py
     checkpoint     the files contain the state after the checkpoint's step, bit for bit       judge_state.py
 
-In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) come first.
+In precisions with rounding, single model parts (judge_parts.py) and dispatched rows (judge_rows.py) are compared first.
 """
 
 import math
@@ -139,7 +139,7 @@ class Judge:
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:
-        """Judge only single parts and dispatched rows. Returns the next state."""
+        """Judge only single model parts and dispatched rows. Returns the next state."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
             self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
@@ -221,7 +221,7 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _is_best(self) -> bool | None:
-        """Returns whether this step has the lowest validation loss so far, or None."""
+        """Returns whether this step has the lowest validation loss so far; None if the check does not judge this."""
         if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
             return None
         is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step

@@ -168,7 +168,7 @@ def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _blocks(step: StepParts, name: str, rank: Evidence, number: int) -> list[PartCall]:
-    """Returns the calls of kv_up in a micro-batch, one per block."""
+    """Returns the calls of kv_up in a micro-batch, one per block of the sequence."""
     blocks, calls = 2 * step.cp, step.through(f"{name}.kv_up", rank, back=False)
     if f"{name}.indexer.q" in step.calls:  # the indexer's loss repeats these calls
         calls = [one for at, one in enumerate(calls) if not any(_is_same(one, other) for other in calls[:at])]

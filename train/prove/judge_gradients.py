@@ -20,7 +20,7 @@ from train.prove.reference_step import rate_of
 MORE = 4
 """Number of roundings in a sum over ranks, in addition to one rounding per term."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""MOST_IN_BF16: maximum fraction of an fp32 sum's elements that may be exact in bf16. ENOUGH: minimum number of
+"""MOST_IN_BF16: maximum fraction of an fp32 sum's elements that bf16 can represent exactly. ENOUGH: minimum number of
 elements for a conclusive test."""
 
 
@@ -67,9 +67,10 @@ def _is_by_micro_batch(rank: Evidence) -> bool:
 def _terms_of(weight: str, came: Counter[str]) -> int:
     """Returns how many micro-batches contribute to the gradient of a weight.
 
-    came: maps a recorded part to its number of micro-batches with a non-zero gradient. The number of the smallest part
-        that contains the weight is used. For the head, it is the sum of the numbers of the final norm and of the last
-        MTP module.
+    came: maps each recorded model part to the number of micro-batches that gave it a non-zero gradient.
+
+    This function returns the count of the smallest part that contains the weight. For the head, it returns the count of
+    the final norm plus the count of the last MTP module.
     """
     if weight.startswith("head."):
         depths = sorted((part for part in came if re.fullmatch(r"mtp\.\d+", part)), key=depth_of)
@@ -82,7 +83,7 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
     """Returns the mean of the local gradients over the ranks of a pipeline stage.
 
-    signs: if False, the function averages absolute values, from `sizes` if a rank recorded them.
+    signs: if False, the function averages absolute values. If a rank recorded `sizes`, it averages those.
     """
     found: State = {}
     for rank in ranks:

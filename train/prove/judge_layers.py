@@ -135,7 +135,7 @@ def judge_head_back(step: StepParts, name: str) -> None:
             x.x, step.rounding.high
         )  # the result of the matmul is rounded, and then its product with the slope
         x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-        # The sum over each piece of the tokens is rounded. A CPU without bf16 instructions also rounds partial sums.
+        # The sum over each block of tokens is rounded. A CPU without bf16 instructions also rounds partial sums.
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
         if learnt_N is not None:

@@ -23,11 +23,11 @@ RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
 """Adds one call's contribution to a weight's gradient. Arguments: sum, output gradients, inputs."""
 HEAD_PIECES = 2.0**-8
-"""Relative error of a gradient of the head. The head sums it over pieces of the tokens; pieces and sum may be rounded
-to bf16.
+"""Relative error of a weight gradient of the head. The head adds the gradients of several blocks of tokens. Each of
+these gradients, and their sum, may be rounded to bf16.
 """
 DEVIATIONS = 6.0
-"""Maximum deviation of the dropped fraction, in standard deviations."""
+"""Maximum deviation of the fraction of inputs that dropout dropped, in standard deviations."""
 
 
 class LoraCall(NamedTuple):
@@ -58,7 +58,7 @@ class WeightLora:
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
     def add(self, base: Total, given: LoraCall) -> Total:
-        """Returns a linear layer's output: `base` plus the LoRA term."""
+        """Returns a linear layer's output: `base` (the output without LoRA) plus the LoRA term."""
         if not self.names:
             return base
         self._judge_dropout(given)
@@ -93,7 +93,10 @@ class WeightLora:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
-        """Reverses `widen` for gradients, and adds this call's contribution to the gradients of A and B."""
+        """Returns the gradient of x, and adds this call's contribution to the gradients of A and B.
+
+        dx, dweight: gradients of the two operands that `widen` returned.
+        """
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -117,7 +120,7 @@ class WeightLora:
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the fraction of dropped inputs, and the factor by which other inputs were multiplied."""
+        """Compare the fraction of inputs that dropout dropped, and its factor on the inputs that it kept."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)

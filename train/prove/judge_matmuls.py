@@ -64,7 +64,7 @@ def _rounds_gradients(step: StepParts) -> bool:
 
 
 def judge_swiglu(step: StepParts, name: str) -> None:
-    """Judge SwiGLU's outputs, the second linear layer's inputs."""
+    """Judge SwiGLU's outputs, which are the second linear layer's inputs."""
     for first, second in _swiglu_calls(step, name):
         a_NF = low.swiglu(first.rows("y"), None)
         step.compare("SwiGLU", second, "x", Total(a_NF, a_NF.abs(), None), IN_ELEMENTS)
@@ -202,8 +202,9 @@ def _swiglu_back(
 ) -> low.SwigluSlopes:
     """Returns the results of SwiGLU's backward.
 
-    cancels: whether da is a sum of rounded terms that may cancel. Errors of dh are then relative to the terms'
-    magnitudes.
+    - h, da: input of SwiGLU, and gradient of its output.
+    - cancels: whether da is a sum of rounded terms that may cancel. Errors of the input's gradient dh are then relative
+      to the magnitudes of these terms.
     """
     back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
     if not cancels:

@@ -101,7 +101,7 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """Returns the part of `value` for a rank's micro-batch."""
+        """Returns the elements of `value` that belong to a rank's micro-batch."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
@@ -109,7 +109,7 @@ class WholeModel:
         """Returns the positions for which a rank has this output.
 
         count: number of recorded positions, including an embedding's extra positions for MTP modules. None: the
-        positions of `places_of`.
+        positions that `places_of` returns.
         """
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
@@ -131,7 +131,7 @@ class WholeModel:
         scores = partial(self._output, f"{name}.biased", rank, number, None)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """Returns the bound on the difference of two scores."""
+            """Returns a wider bound on the difference of two router scores: twice the bound on one score."""
             wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
             return Bound(2 * wider.value, wider.reason)
 
@@ -168,7 +168,7 @@ class WholeModel:
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """Returns the attention whose indexer chose the keys for `name`."""
+        """Returns the name of the attention layer whose indexer chose the keys of the layer `name`."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)

@@ -31,11 +31,11 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
 )
 """Pattern for weight names, forward judge, backward judge. The pattern's first group is the part's name."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""Suffixes under which the calls of a part are recorded."""
+"""Suffixes of the names under which the calls of a model part are recorded."""
 
 
 def judge_parts(step: StepParts) -> None:
-    """Judge forward, then backward; or report only the missing tensors."""
+    """Report model parts that were not recorded. If there are none, judge forward, then backward."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     if step.config.optim.index_warmup:  # other parts have no gradients; a proof without warm-up judges them
         parts = [part for part in parts if ".indexer." in part[0]]

@@ -95,7 +95,7 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
     """Judge the rows that tokens sent to experts.
 
     - names: names of the sent and of the received tensor.
-    - floor: smallest magnitude from which an FP8 scale is computed.
+    - floor: lower limit of the magnitude from which an FP8 scale is computed.
     """
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)

@@ -88,7 +88,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
 
 
 def judge_schedules(config: Config, findings: ProofFindings) -> None:
-    """Judge the settings of all steps of the recipe's run."""
+    """Judge the settings, such as the learning rate, of all steps in the recipe's run."""
     at, plans = Comparisons("fp32", config, findings), Schedules(config)
     at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
     got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]

@@ -1,4 +1,4 @@
-"""Judges an update: gradient norm, weights, moments, average, biases."""
+"""Judges an update: gradient norm, weights, moments, moving average of the weights, biases."""
 
 import torch
 from torch import Tensor

@@ -50,7 +50,7 @@ TILED = 136
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
 """WARP: number of threads in a warp. If the recipe has at least WARP experts, each rank has more than WARP experts in
-check `tiles`. WIDE_RANKS: maximum number of ranks in an expert group to which this rule applies; a limit saves memory.
+check `tiles`. WIDE_RANKS: the rule applies only to expert groups of at most this number of ranks, to save memory.
 """
 SLOW = 1e-9
 """Learning rate of check `tiles` with FP8. It keeps small norm weights small."""
@@ -97,8 +97,8 @@ def with_two_tiles(config: Config) -> Config:
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
     """Returns settings of sparse attention in which most layers reuse the keys of an earlier layer.
 
-    stages: layers of each stage. The first layer of a stage chooses keys. In a stage of three or more layers, the
-    second layer does too.
+    stages: number of layers of each stage. The first layer of a stage chooses keys. In a stage of three or more layers,
+    the second layer does too.
     """
     if "S" not in sparse.pattern:
         return sparse
@@ -141,14 +141,15 @@ def save_step(config: Config) -> int:
 
 
 def stop_step(config: Config) -> int:
-    """Returns the last step of the first part."""
+    """Returns the last step before the resume."""
     return save_step(config) + 1
 
 
 def watched_steps(config: Config) -> set[int]:
-    """Returns the steps in which single layers are also judged: the first step after the checkpoint, in both parts.
+    """Returns the steps in which single layers are also judged.
 
-    In the first part, this step shows whether cached casts of weights were updated.
+    This is the first step after the checkpoint. A run makes this step twice: before the resume and after it. Before the
+    resume, the step shows whether cached casts of weights were updated.
     """
     return {stop_step(config)}
 
@@ -171,7 +172,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Returns the configured parts of a check's run."""
+    """Returns the parts of a check's run (before and after the resume) with their configurations."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]

@@ -36,7 +36,7 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""The smallest magnitude from which the scale of a tile is computed."""
+"""Lower limit of the magnitude from which the scale of a tile is computed."""
 FP32 = 2.0**-24
 """Unit roundoff of fp32."""
 EXPONENT = 0x7FF << 52
@@ -64,7 +64,7 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """Numbers in fp64. A correct rank may differ from x by `off`."""
+    """Numbers x in fp64. On a correct rank, they may differ from x by up to `off`."""
 
     x: Tensor
     off: Tensor | None = None
@@ -77,7 +77,7 @@ class Total(NamedTuple):
     size: Tensor
     """Sum of the products' magnitudes, to which rounding errors are proportional."""
     off: Tensor | None
-    """Maximum change of each sum by rounding ties of operands."""
+    """Maximum change of each sum if operands near a rounding tie are rounded the other way."""
 
 
 def slack(given: NearNumbers | Total) -> Tensor:
@@ -116,15 +116,15 @@ def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule by which an operand is cast."""
+    """How an operand is cast: its number format and its scales."""
 
     form: PlainFormat
     shared: str
-    """Numbers with a common scale: 1x128, 1x32, 128x128, row or tensor."""
+    """Which numbers share a scale: 1x128, 1x32, 128x128, row or tensor."""
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
-    """The smallest magnitude from which a scale is computed."""
+    """Lower limit of the magnitude from which a scale is computed."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
         """Returns how many rows and columns have a common scale; None: all."""
@@ -137,7 +137,7 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
     """Casts an operand (..., M, N), and returns the values that the matmul multiplies.
 
     - along: axis of the sum, -1 or -2.
-    - noise: relative error of the numbers, in addition to `off`.
+    - noise: possible relative error of the operand, in addition to its absolute error `given.off`.
     """
     if rule is None:
         return given
@@ -307,7 +307,7 @@ def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbe
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns silu(gate) * up, its derivatives, and their terms' magnitudes."""
+        """Returns silu(gate) * up, its derivatives, and the magnitudes of the derivatives' terms."""
         gate_RF, up_RF = h_R2F.chunk(2, -1)
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF, rest_RF = gate_RF * sigmoid_RF, gate_RF * (1 - sigmoid_RF)

@@ -117,7 +117,7 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Maps each degree that becomes 1 in a layout that is too large to the structure that is lost."""
+"""If a layout has too many ranks, these degrees become 1. Maps each degree to the structure that is then lost."""
 
 
 def shrink(cfg: Config) -> Miniature:
@@ -233,7 +233,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
 
 
 def _sequence(cfg: Config, layout: Layout) -> int:
-    """Returns a sequence length near SEQUENCE that context parallelism can cut."""
+    """Returns a sequence length near SEQUENCE that context parallelism can split."""
     if layout.cp == 1:
         return min(cfg.seq_len, SEQUENCE)
     pieces = 2 * layout.cp
@@ -298,7 +298,7 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
-    """Returns the settings of a small indexer, with a smaller top_k."""
+    """Returns the settings of a small indexer. If top_k is below the recipe's seq_len, top_k becomes smaller too."""
     sparse = cfg.model.sparse
     if cfg.seq_len > sparse.top_k:
         share = sparse.top_k * seq_len // cfg.seq_len
@@ -317,7 +317,7 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Returns the tokens per chunk of the loss, keeping several chunks."""
+    """Returns the number of tokens per chunk of the loss. If the recipe has several chunks, the miniature does too."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens
@@ -325,8 +325,10 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Returns the micro-batches per rank at the start and after the batch ramp. They fill the pipeline's phases as in
-    the recipe."""
+    """Returns the numbers of micro-batches per rank, at the start of the batch ramp and after it.
+
+    They are enough to fill the pipeline, if the recipe's numbers are.
+    """
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 

@@ -41,7 +41,7 @@ BETWEEN = 8
 
 
 class PartsWatch:
-    """Records inputs and outputs of chunks' parts while `is_on` is True."""
+    """Records inputs and outputs of the model parts in `chunks` while `is_on` is True."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
@@ -74,7 +74,7 @@ class PartsWatch:
         self.seen, self._calls = {}, {}
 
     def is_watching(self) -> bool:
-        """Returns whether to record now. Recomputed complete layers are not recorded."""
+        """Returns whether to record now. While backward recomputes complete layers, nothing is recorded."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
@@ -130,7 +130,7 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """Maps a part to the keys of its calls in this thread."""
+        """Maps a model part to the keys (NAME/NUMBER) of its calls in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
@@ -187,7 +187,7 @@ class PartsWatch:
         setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
-        """Sets the key for this thread's next SwiGLU input of experts."""
+        """Sets the key under which this thread records the next input of the experts' SwiGLU."""
         self._here.experts = key, counts
 
     def saw_swiglu(self, h: Tensor) -> None:
@@ -197,7 +197,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """Returns a view whose hooks get only the gradient through it."""
+    """Returns a view of x. Passes to `saw` only the gradient that flows back through this view."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:
@@ -225,7 +225,7 @@ class _WatchedSwiGLU:
 
 
 def _lora_modules(module: nn.Module) -> dict[str, Any]:
-    """Maps `dropped` and `dropped_a` to a module's LoRA modules."""
+    """Maps each record name (`dropped`, `dropped_a`) to the LoRA module whose input is recorded under this name."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),

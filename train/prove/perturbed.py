@@ -59,7 +59,7 @@ class PerturbedRuns:
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
         """Returns the bound on a rank's distance from `want`, divided by `scale`.
 
-        - part: selects the compared tensor from a perturbed run.
+        - part: function that selects the compared tensor of a perturbed run.
         - by_norm: whether the distance is the root mean square; False: the maximum.
         """
         if not self._runs:

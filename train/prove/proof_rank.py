@@ -188,7 +188,10 @@ class LocalGradients(Zero):
             chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
-        """Add the local gradients, and the experts' offsets, to the evidence."""
+        """Add the local gradients to the evidence, each with the index of its first element in the complete weight.
+
+        Only experts have an index above 0.
+        """
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():

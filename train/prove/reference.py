@@ -72,7 +72,7 @@ def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
 
 
 def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of trained weights (adapter: LoRA A and B)."""
+    """Returns the shapes of the trained weights; for an adapter, those of LoRA A and B."""
     shapes = weight_shapes(config.model)
     return adapter_shapes(config, shapes) if is_adapted(config) else shapes
 
@@ -264,7 +264,7 @@ class PlainModel:
         """Returns the sum of -log softmax(head state)[target] over all learnt targets, divided by `learnt`.
 
         - learnt: number of the main model's targets, also at MTP depths (eq. 24).
-        - alone: whether the loss gives the head no gradient.
+        - alone: whether the head gets no gradient from this loss.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T

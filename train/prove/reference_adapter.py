@@ -58,8 +58,10 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all A (rank, I) and B (O, rank); E comes first for experts. shapes: shapes of the model's
-    weights."""
+    """Returns the shapes of all A (rank, I) and B (O, rank). For experts, E is the first dimension.
+
+    shapes: shapes of the model's weights.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
         prefixes = lora_prefixes(config, weight)

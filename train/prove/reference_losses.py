@@ -72,7 +72,7 @@ class PlainCall:
 
 
 class PolicyModel(PlainModel):
-    """A model with a main loss of this file. The losses of its MTP modules are still cross-entropies.
+    """The reference model with token losses of this file as main loss. MTP modules keep the cross-entropy.
 
     - calls: the calls of a step.
     - tensors_BT: inputs of the losses, such as `advantages`, for all targets.

@@ -45,8 +45,8 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Returns whether a weight is frozen. Indexers are frozen if they have no loss, and other weights in an indexer
-    warm-up.
+    """Returns whether a weight is frozen. Indexers are frozen if they have no loss. All other weights are frozen in an
+    indexer warm-up.
     """
     return not optim.index_loss if ".indexer." in name else optim.index_warmup
 

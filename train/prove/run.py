@@ -79,7 +79,7 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 def forks(config: Config) -> bool:
     """Returns whether ranks and judges are forks of this process, which then imports torch only once.
 
-    False with GPUs, whose driver does not survive a fork, and if another program has started the ranks.
+    False on GPUs, because their driver does not survive a fork. Also False if another program has started the ranks.
     """
     from train.kernels.device import sees_gpu
 

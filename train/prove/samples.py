@@ -4,8 +4,8 @@ Weights and biases depend only on the seed and their name.
 As in text, some tokens are frequent and some never occur. Norm weights differ from 1 and biases from 0, so that a
 missing norm weight or bias changes the results.
 
-In widths with several tiles of 128, every second tile is multiplied by STEP or its inverse. The scale of a wrong tile
-then causes a large error. In models with such widths, all tokens choose the first expert, and no token chooses the
+In widths with several tiles of 128, every second tile is multiplied by STEP or its inverse. A scale from a wrong
+tile then causes a large error. In models with such widths, all tokens choose the first expert, and no token chooses the
 last.
 
 Shapes: B sequences, S = seq_len + 1.
@@ -32,11 +32,11 @@ BIAS = 0.05
 CROWDED = 1.0
 """Bias for the first expert, so that all tokens choose it."""
 TILE, STEP = 128, 2.0**-6
-"""Number of channels in a tile; factor on every second tile."""
+"""TILE: number of channels in a tile. STEP: factor on every second tile."""
 LOUD = 64.0
 """Factor on some queries and logits, to overflow a naive softmax."""
 BELOW_FLOOR = 2.0**-26
-"""Factor on some experts' inputs, for the smallest FP8 scale."""
+"""Factor on some experts' inputs, so that their tiles get the smallest FP8 scale."""
 
 
 class Samples:

@@ -20,7 +20,7 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""The smallest magnitudes from which the scale of a tile is computed."""
+"""Lower limits of the magnitude from which the scale of a tile is computed."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:

@@ -17,8 +17,8 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""INCONCLUSIVE: an element is conclusive if rounding ties change it by at most this fraction of the sum of the
-magnitudes of the element's terms.
+"""INCONCLUSIVE: an element is inconclusive if rounding ties may change it by more than this fraction of the sum of its
+terms' magnitudes.
 MOST_INCONCLUSIVE: maximum fraction of inconclusive elements."""
 FEW = 16
 """Number of inconclusive elements that even a small tensor may have."""
@@ -58,7 +58,7 @@ class PartCall:
 
 
 class StepParts:
-    """The recorded parts of all ranks in one step."""
+    """The calls of model parts that all ranks recorded in one step."""
 
     def __init__(self, at: Comparisons, ranks: list[Evidence], before: State, batch: Batch):
         """before: state before the step. batch: the step's batch."""
@@ -79,9 +79,11 @@ class StepParts:
         """Whether a micro-batch's weight gradient may be rounded to bf16."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Returns the calls of a model part on a rank, in order. back: whether the calls have gradients.
+        """Returns the calls of a model part on a rank, in order.
 
-        With context parallelism, kv_up has calls of both kinds, because backward repeats it.
+        back: True selects the calls with gradients, False selects the calls without.
+
+        With context parallelism, backward repeats the calls of kv_up. Only the calls in backward have gradients.
         """
         those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
         return sorted(those, key=lambda one: one.number)
@@ -189,7 +191,7 @@ class SumOverCalls:
 
 
 def calls_of(ranks: list[Evidence]) -> dict[str, list[PartCall]]:
-    """Maps the name of each part to all ranks' calls."""
+    """Maps the name of each model part to all ranks' calls."""
     found: dict[tuple[int, str, int], PartCall] = {}
     by_name: dict[str, list[PartCall]] = {}
     for rank in ranks:

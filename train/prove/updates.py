@@ -38,8 +38,8 @@ class PlainUpdate:
     size_roundings: Callable[..., list[Tensor]]
     """Takes (WeightUpdate, before, gradient, new); returns one rounding error per element."""
     roundings: dict[str, int]
-    """Maximum number of fp32 roundings for each kind of state, including 16 from the clip factor. A mean of squares has
-    twice as many."""
+    """Maximum number of fp32 roundings for each kind of state, including 16 from the clip factor. The second
+    moment has twice as many."""
     is_whole: bool = False
     """Whether updates need complete matrices, and are repeated in fp64."""
 

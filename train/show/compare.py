@@ -95,7 +95,7 @@ def write_reports(config: Config) -> list[Path]:
 
 
 def names_of(name: str) -> list[str]:
-    """Returns the run names in a setting: `a` or `[a,b]`."""
+    """Returns the run names in the value of `name`, which is `a` or `[a,b]`."""
     return [one.strip() for one in name[1:-1].split(",")] if name.startswith("[") else [name]
 
 
@@ -203,7 +203,7 @@ WIDE = 200
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
-    """Prints a table of a sweep's jobs. codes: exit codes in order."""
+    """Prints a table of a sweep's jobs. codes: exit codes of the jobs, in order."""
     console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)

@@ -115,7 +115,7 @@ MFU_OF_PROCESSORS = (
 
 
 def curves_of(key: str) -> dict[str, Curve]:
-    """Returns a figure's curves by metric, in the table's order."""
+    """Returns a figure's curves by metric, in the order of the metrics in train/metrics/names.py."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 

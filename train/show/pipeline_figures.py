@@ -11,7 +11,7 @@ from train.metrics.timeline_file import SampledStep
 from train.show.plot import IDLE, Figure, figure, set_look
 
 PICTURE_ROWS, BARS = 16, 12_000
-"""Maximum numbers of pipeline ranks and of actions in the figure."""
+"""Maximum numbers of pipeline ranks and of pipeline actions in the figure."""
 ACTION_COLOURS = {
     "F": ("forward", BLUE, "#9CCBE8"),
     "B": ("backward", GREEN, "#93D9C3"),
@@ -19,9 +19,9 @@ ACTION_COLOURS = {
     "W": ("backward of weights", "#E69F00", "#F6D998"),
     "FB": ("forward and backward together", PURPLE, "#EBCADB"),
 }
-"""Maps each kind of action to its name, its colour on a rank's first stage, and its colour on the other stages."""
+"""Maps each kind of pipeline action to its name, its colour on a rank's first stage, and its colour on later stages."""
 NUMBERED = 800
-"""Number of actions above which bars have no micro-batch numbers."""
+"""Number of pipeline actions above which bars have no micro-batch numbers."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
@@ -64,9 +64,9 @@ def _row_name(pp_rank: int, stages: list[int]) -> str:
 def _bars(
     actions: list[dict[str, Any]], rows: Mapping[int, str], later: bool, scale: float, unit: str, numbered: bool
 ) -> go.Bar:
-    """Returns the bars for these actions of one kind.
+    """Returns the bars for these pipeline actions of one kind.
 
-    - later: whether the actions are on other stages than their rank's first.
+    - later: whether the actions belong to a later stage than their rank's first stage.
     - scale, unit: factor from seconds to the shown unit, and the unit's name.
     - numbered: whether bars have micro-batch numbers.
     """

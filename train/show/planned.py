@@ -23,7 +23,7 @@ ACTION_SUMS = {
     "backward passes": (("B", "I", "W"), "backward_seconds"),
     "overlapped pairs": (("FB",), "overlapped_seconds"),
 }
-"""For each sum of times that is compared: the kinds of actions in the sum, and the metric that measures it."""
+"""Maps each compared sum of times to the kinds of pipeline actions in the sum, and to the metric that measures it."""
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
     """Whether the plan was made for the device of this process.
 
-    CUDA's name of a GPU must contain the plan's name. A CPU must have the plan's name and number of threads.
+    CUDA's name of a GPU must contain the device name in the plan. A CPU must have the name and the number of threads in
+    the plan.
     """
     import torch  # imported here, because a report needs no torch
 

@@ -37,7 +37,7 @@ from train.show.writer import REPORT_EVERY
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
-"""File with the newest generated text, and earlier texts."""
+"""File with the generated texts: the newest, and some earlier texts."""
 RELOADED = 60
 """Seconds after which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
@@ -105,7 +105,7 @@ def _until(run_folder: Path) -> float | None:
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """Returns the part about the newest incident (cluster/incident.py)."""
+    """Returns the part of the page about the newest incident (cluster/incident.py)."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found
@@ -139,7 +139,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
 
 
 def _answer_parts(run_folder: Path) -> list[str]:
-    """Returns the part with the newest scores of answers (train/evaluate/answers.py)."""
+    """Returns the part of the page with the newest scores of answers (train/evaluate/answers.py)."""
     try:
         found = read_plain_json(run_folder / "evaluate.json")["answers"]
         if not found:
@@ -249,7 +249,7 @@ def _description(settings: Mapping[str, Any]) -> str:
 
 
 def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
-    """Returns a run's generated texts, oldest first. Raises UserError if damaged."""
+    """Returns a run's generated texts, oldest first. Raises UserError if their file is damaged."""
     path = run_folder / SAMPLE
     if not path.exists():
         return []
@@ -266,7 +266,7 @@ def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _sample_parts(run_folder: Path) -> list[str]:
-    """Returns the part with the generated texts, newest first."""
+    """Returns the part of the page with the generated texts, newest first."""
     if not (samples := read_written_texts(run_folder)):
         return []
     *earlier, newest = samples
@@ -288,7 +288,7 @@ def _text(sample: Mapping[str, Any]) -> str:
 
 
 def _origin_parts(run_folder: Path) -> list[str]:
-    """Returns the part about all starts: command, code, machine."""
+    """Returns the part of the page about all starts: command, code, machine."""
     starts = read_starts(run_folder)
     if not starts:
         return []
@@ -328,7 +328,7 @@ def _when(start: StartRecord) -> str:
 
 
 def _plan_parts(rows: list[PlanRow]) -> list[str]:
-    """Returns the part with the table of planned and measured quantities."""
+    """Returns the part of the page with the table of planned and measured quantities."""
     if not rows:
         return []
     text = "Medians over the run, with times as means over ranks; the error is the plan's error."
@@ -339,7 +339,7 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
 
 
 def _wall_time_parts(found: WallTime | None) -> list[str]:
-    """Returns the part with the run's wall time by cause."""
+    """Returns the part of the page that splits the run's wall time by cause."""
     if found is None:
         return []
     rows = [(words, duration(found.seconds_in[part]), f"{share:.2%}") for part, words, share in found.rows()]
@@ -351,7 +351,7 @@ def _wall_time_parts(found: WallTime | None) -> list[str]:
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
-    """Returns the part about events on the machines, such as restarts."""
+    """Returns the part of the page about events on the machines, such as restarts."""
     if cluster is None:
         return []
     sentence, rows = cluster
@@ -362,7 +362,7 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
 
 
 def _proof_parts(proof: tuple[str, list] | None) -> list[str]:
-    """Returns the part about the result of mode=prove."""
+    """Returns the part of the page about the result of mode=prove."""
     if proof is None:
         return []
     sentence, rows = proof

@@ -110,7 +110,7 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """Returns the text without control characters and characters that `encoding` lacks."""
+    """Returns the text with placeholders for control characters, and for characters that `encoding` lacks."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
@@ -122,7 +122,8 @@ def printable(text: str, encoding: str) -> str:
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""A line is due after PLAIN_SECONDS or after the fraction PLAIN_SHARE of the elapsed time, whichever is longer."""
+"""Without a terminal, a step prints a line if the last line is older than both limits: PLAIN_SECONDS, and the fraction
+PLAIN_SHARE of the elapsed time."""
 SMOOTHING = 0.05
 """Weight of the newest step in the moving average."""
 MIN_BAR, MAX_BAR = 8, 40
@@ -254,7 +255,7 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Joins parts that fit into `width` characters, with a progress bar."""
+    """Joins the first parts of the progress line that fit into `width` characters. Adds a bar if there is room."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

@@ -17,7 +17,7 @@ from train.metrics.names import Record, is_event
 POINTS = 1000
 """Approximate maximum number of points in a curve."""
 HEAT_STEPS, HEAT_CELLS = 240, 600_000
-"""Maximum number of heat map columns, and of all heat maps' cells."""
+"""HEAT_STEPS: maximum number of columns of a heat map. HEAT_CELLS: maximum number of cells in all heat maps."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Logs to Weights & Biases in a separate thread, so that the training does not wait. After any error, the thread prints
-one note and switches W&B off.
+one message and switches W&B off.
 
 The W&B run is offline if the mode is `offline`, if there is no API key, or if the server does not answer. The
 environment variable WANDB_MODE overrides the mode `auto`.
@@ -66,7 +66,7 @@ def checkpoint(step: int, path: Path) -> Item:
 
 
 def sample_table(step: int, text: str) -> Item:
-    """Returns a function that logs a generated text to a table."""
+    """Returns a function that logs a generated text to a W&B table."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         run.log({"samples": wandb.Table(columns=["step", "text"], data=[[step, text]])}, step=logged + 1)

@@ -129,7 +129,7 @@ class MetricsWriter:
         self._progress.note(text)
 
     def show(self, item: Item) -> None:
-        """Sends a checkpoint, table or alert to W&B, if in use."""
+        """Sends a checkpoint, table or alert to W&B, if the run uses W&B."""
         if self._wandb is not None:
             self._wandb.write(item)
 
@@ -241,7 +241,7 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send the alert of a failed run, if rank 0 cannot."""
+    """Send a W&B alert about a failed run, if rank 0 cannot send it."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
@@ -250,7 +250,7 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """Returns the sentence about the newest start's hang; empty without one."""
+    """Returns a sentence about the hang of the run's newest start; empty if it did not hang."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""
