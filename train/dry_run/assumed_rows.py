@@ -34,8 +34,8 @@ def group_of(config: Config) -> Group:
 def load_of(config: Config, rank: int) -> Load:
     """Returns the assumed rows of each of this rank's experts (dry_run.routing).
 
-    Raises UserError if the folder has no recorded loads or another number of experts. Also raises it if ep is 1 and
-    routing is not balanced.
+    Raises UserError if the recorded run has no loads or another number of experts than this recipe. Also raises it if
+    ep is 1 and routing is not balanced.
     """
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":

@@ -62,10 +62,10 @@ class Findings:
     host_phases: dict[str, ComparedFigure]
     """Peaks of host memory by phase; empty on a CPU."""
     items: dict[str, ComparedFigure]
-    """Bytes of weights, master weights, moments, and gradients after all passes. `rest`: the peak without the first
-    three."""
+    """Bytes of weights, master weights and moments, and at ZeRO stage 1 of the gradients after a step's passes. `rest`
+    is the peak without weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of an action, by kind. The measured numbers are medians over steps."""
+    """Mean seconds of a step's actions, by kind. The measured number is the median of the timed steps' means."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]

@@ -44,7 +44,7 @@ class MeasuredRank:
     unsaved: str = ""
     """Why no files were saved; empty if saved."""
     items: dict[str, int] = field(default_factory=dict)
-    """Bytes of weights, master weights, moments, and gradients after all passes."""
+    """Bytes of weights, master weights, moments and gradients, measured after a step's passes."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Total seconds of each kind of action, in each timed step."""
     counts: Counter[str] = field(default_factory=Counter)

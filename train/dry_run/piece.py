@@ -1,8 +1,8 @@
 """Chooses the part of a job that a dry run runs: a rank, and as much of it as fits the device.
 
 - On a GPU, layers are left out first. The remaining layers do the same work as in the job.
-- Otherwise, one number divides hidden width, heads, latents, FFNs, vocabulary and sequence length. On a CPU, it is the
-  smallest number with which a step takes only seconds.
+- If even the fewest layers do not fit, or on a CPU, one number divides hidden width, heads, latents, FFNs, vocabulary
+  and sequence length. On a CPU, it is the smallest power of two with which a step takes only seconds.
 
 The number of experts, the layout and the schedule do not change.
 """
@@ -62,12 +62,12 @@ class DryRunPiece:
 
     @property
     def scene(self) -> Scene:
-        """The planner's settings for this part, which sends nothing."""
+        """The planner's settings for the part that runs. This part sends no tensors to other ranks."""
         return _alone(self.config, self.load)
 
 
 def choose_rank(config: Config) -> int:
-    """Returns the rank that dry_run.rank selects. `worst`: the one with the highest planned peak."""
+    """Returns the rank that dry_run.rank selects. `worst` selects the rank with the highest planned peak."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
@@ -75,7 +75,7 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """Returns as much of the rank as fits this device. load: rows that its experts receive.
+    """Returns as much of the rank as fits this device. load: rows that the rank's experts receive.
 
     Raises UserError if nothing fits.
     """

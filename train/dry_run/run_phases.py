@@ -100,7 +100,7 @@ class RunPhases(ExitStack):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Start again from the checkpoint and from exported weights, and measure both."""
+        """Start again from the checkpoint and from exported weights, and measure both starts."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),

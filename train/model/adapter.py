@@ -84,7 +84,7 @@ class LoraWeights:
         return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return x after dropout, and a context in which autograd saves x instead of the result."""
+        """Return x after dropout, and a context manager inside which autograd saves x instead of the result."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))

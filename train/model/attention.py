@@ -66,7 +66,7 @@ class AttentionOutput(NamedTuple):
     out_BHTV: Tensor
     """Output in v's dtype, 0 for a query that sees no key. In memory, positions come before heads."""
     lse_BHT: Tensor
-    """Log-sum-exp of each query's scaled scores, fp32; -inf without keys."""
+    """Log-sum-exp of each query's scaled scores, fp32; -inf for a query that sees no key."""
     largest_BHT: Tensor | None = None
     """Largest scaled score of each query, fp32, if requested (`LargestScores.limit`)."""
     kept: Tensor | None = None
@@ -91,7 +91,7 @@ class AttentionCore(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v.
 
-        made: output and log-sum-exp of `forward`, over all keys of this call and possibly others.
+        made: output and log-sum-exp over all keys of this call, and possibly also over keys of other calls.
         """
 
 

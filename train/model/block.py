@@ -70,7 +70,7 @@ class Block(nn.Module):
             return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
-        """Return the context that offloads the activations of `part`. x_BTD: the input of the part."""
+        """Return the context manager that offloads the activations of `part`. x_BTD: the input of the part."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

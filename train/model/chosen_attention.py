@@ -55,7 +55,7 @@ class ChosenOutput(NamedTuple):
     out_BTHV: Tensor
     """Output in q's dtype; 0 for a query without keys."""
     lse_BTH: Tensor
-    """Log-sum-exp of each query's scaled scores, fp32; -inf without keys."""
+    """Log-sum-exp of each query's scaled scores, fp32; -inf for a query without keys."""
     largest_BTH: Tensor
     """The largest scaled score of each query, fp32."""
     shares_BTK: Tensor

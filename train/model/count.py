@@ -131,7 +131,7 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
     """Return the mean number of keys that a token attends to. Sparse attention drops some.
 
-    pairs: the mean number of keys that the mask shows to a token.
+    pairs: the mean number of keys that the mask lets a token see.
     """
     top_k = config.sparse.top_k
     if not config.sparse.heads or seq_len <= top_k:

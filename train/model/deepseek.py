@@ -311,7 +311,7 @@ class DeepSeekV3(nn.Module):
         self.detaches_mtp = False
         """Whether MTP losses train only the MTP modules, set at build time."""
         self.warms_indexers = False
-        """Whether training changes only the indexers, set at build time. Attention then covers all keys."""
+        """Whether training changes only the indexers, set at build time. If so, attention covers all keys."""
         self.loss_divisor: float | None = None
         """Divisor of loss sums in training, set before each step; None: the number of local positions. In eval mode,
         the loss of supervised tokens is a sum without a divisor."""

@@ -85,7 +85,8 @@ class Indexer(nn.Module):
         """Return the vectors from which the scores are computed.
 
         table: RoPE table of these positions.
-        remake_x, remake_q: contexts in which backward recomputes x_BTD or q_latent_BTC, which are not saved.
+        remake_x, remake_q: context managers inside which autograd does not save x_BTD or q_latent_BTC; backward
+            recomputes the tensor.
         """
         with remake_q or nullcontext():
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))

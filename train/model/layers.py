@@ -49,17 +49,17 @@ class PackedWeight(Protocol):
     """The shape that the weight has as a plain tensor."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Return the values in `dtype`, and a context in which autograd does not save them."""
+        """Return the values in `dtype`, and a context manager inside which autograd does not save them."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""Maps the last part of a weight's name to the module attribute of the packed form."""
+"""Maps the last part of a weight's name to the module attribute of the `PackedWeight`."""
 
 
 def open_weight(
     packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, AbstractContextManager]:
-    """Return a weight's values for a matmul, and the context in which it must run."""
+    """Return a weight's values for a matmul, and the context manager inside which the matmul must run."""
     return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
 
 
@@ -124,9 +124,9 @@ class Linear(nn.Module):
         return y if self.added is None else self.added.add(y, x)
 
     def values(self) -> tuple[Tensor, AbstractContextManager]:
-        """Return the weight plus the product of its adapter's matrices, (O, I), and a context. Differentiable.
+        """Return the weight plus the product of its adapter's matrices, (O, I), and a context manager. Differentiable.
 
-        Use these values inside the context: then the adapter's dropout has the same mask for all rows.
+        Use these values inside the context manager. The adapter's dropout has the same mask for all rows of an input.
         """
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
         if self.added is None:
@@ -167,7 +167,7 @@ class _Embed(Function):
 class RMSNorm(nn.Module):
     """Computes x / rms(x) * weight over the last axis, with statistics in fp32.
 
-    recompute: whether a matmul of the output saves only the norm's input.
+    recompute: whether a matmul that reads the output saves only the norm's input.
     """
 
     def __init__(self, width: int, eps: float, recompute: bool, kernels: Kernels, **factory):
@@ -179,7 +179,7 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the output, and a context for the matmuls that use it."""
+        """Return the output, and a context manager for the matmuls that read it."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
@@ -234,7 +234,10 @@ class FFN(nn.Module):
         self._recompute, self._kernels = recompute, precision.kernels
 
     def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
-        """Return the output (N, D). remake: context in which backward recomputes x instead of saving it."""
+        """Return the output (N, D).
+
+        remake: context manager inside which autograd does not save x; backward recomputes x.
+        """
         with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)
@@ -243,7 +246,7 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Return a context in which backward recomputes a = swiglu(h, gates) instead of saving it."""
+    """Return a context manager inside which autograd does not save a = swiglu(h, gates); backward recomputes a."""
     if not torch.is_grad_enabled():
         return nullcontext()
     sources = (h_N2F,) if gates_N is None else (h_N2F, gates_N)

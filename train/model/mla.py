@@ -70,7 +70,7 @@ class MLA(nn.Module):
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """Return the output of attention, (B, T, D).
 
-        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
+        remake: context manager inside which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
         positions: the positions of x; None: x contains complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))

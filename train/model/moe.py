@@ -171,7 +171,10 @@ class MoE(nn.Module):
         self._precision, self.dispatcher = precision, dispatcher
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """Return the output (B, T, D). remake: context in which backward recomputes x instead of saving it."""
+        """Return the output (B, T, D).
+
+        remake: context manager inside which autograd does not save x; backward recomputes x.
+        """
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())

@@ -23,7 +23,10 @@ class Function(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply torch's once_differentiable to calls with gradients enabled. Other calls run `backward` directly."""
+    """Return a wrapper of a Function's `backward`.
+
+    If gradients are enabled, it calls the result of torch's once_differentiable, else `backward` directly.
+    """
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -54,7 +57,7 @@ def is_recorded(ctx: Any) -> bool:
 
 
 def node_of(ctx: Any, argument: int) -> Node:
-    """Return the node that receives the gradient of an argument, which must require one."""
+    """Return the node that receives the gradient of an argument. The argument must require a gradient."""
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     return nodes[sum(ctx.needs_input_grad[:argument])]
 

@@ -1,4 +1,4 @@
-"""Offloads activations to host memory until backward. The transfer to the host starts when the context ends.
+"""Offloads activations to host memory until backward. The transfer starts at the exit of `OffloadedBlock`.
 
 Each storage is sent once, even if autograd saved several views of it. The following tensors stay on the device:
 
@@ -31,11 +31,11 @@ class Host(Protocol):
     """Keeps tensors' storages in host memory until backward."""
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
-        """Start to copy storages to host memory. storages: flat byte tensors of one context."""
+        """Start to copy storages to host memory. storages: flat byte tensors from one `OffloadedBlock`."""
 
 
 class OffloadedBlock(SavedContext):
-    """The context that offloads the tensors that autograd saves. stays: tensors that stay on the device."""
+    """A context manager that offloads the tensors that autograd saves. stays: tensors that stay on the device."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host
@@ -73,8 +73,9 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return a saved tensor's entry if it must be copied to the host; else None. Creates the entry if an inner
-        context saved the tensor.
+        """Return the `_OnHost` of a saved tensor that must be copied to the host; else None.
+
+        If an inner context manager saved the tensor, this method creates the `_OnHost`.
         """
         found = kept()
         if isinstance(found, Slot):

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 
 ExpertGroups = Tensor | list[int]
-"""The rows of each expert: a list of counts, or their ends, int32 (E,)."""
+"""The rows of each expert: a list of counts, or the index after each expert's last row, int32 (E,)."""
 
 RouterCounters = tuple[Tensor, Tensor, Tensor]
-"""Buffers load_E, score_E and balance_loss of a `Router`; forwards add to them."""
+"""Buffers load_E, score_E and balance_loss of a `Router`; each forward adds to them."""
 
 
 class RoutingRule(NamedTuple):
@@ -43,7 +43,7 @@ class Kernels(Protocol):
     """Computes the operations of the model on one kind of machine."""
 
     parts: tuple[str, ...]
-    """Parts of a step that use compiled code, by `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
+    """Names of the compiled CPU libraries in use (`train.kernels.cpu.libraries.LIBRARY_NAMES`)."""
     core: AttentionCore
     """Computes attention."""
 
@@ -141,7 +141,7 @@ class Kernels(Protocol):
         Differentiable; the gradient includes the balance loss. In a block's second run (train/model/recompute.py), the
         method returns the first run's ids and counts nothing.
 
-        replayed_BTK: ids of experts to use instead of the best, with this router's gate values.
+        replayed_BTK: ids of experts to use instead of the best experts. The gate values still come from this router.
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Recomputation (paper 3.2.3): backward recomputes single outputs or complete layers instead of saving them.
 
-The contexts of this file intercept the tensors that an operation saves for backward.
+The context managers of this file (called contexts below) intercept the tensors that an operation saves for backward.
 
     RecomputedOutputs    saves a function instead of an output that is cheap to compute from a saved tensor, such as a
                          norm's output from its input.
@@ -40,7 +40,7 @@ P = TypeVar("P", bound=PackedTensor)
 
 
 class SavedContext:
-    """A context that intercepts the tensors that operations save for backward."""
+    """A context manager that intercepts the tensors that operations save for backward."""
 
     def __enter__(self) -> None:
         self._hooks = saved_tensors_hooks(_pack, unpacked)
@@ -62,7 +62,7 @@ class SavedContext:
 
 
 _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", default=())
-"""The open contexts around the running code, outermost first."""
+"""The `SavedContext` objects around the running code, outermost first."""
 
 
 def _pack(tensor: Tensor) -> Tensor | PackedTensor:
@@ -73,7 +73,7 @@ def _pack(tensor: Tensor) -> Tensor | PackedTensor:
 
 
 def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
-    """Return what the open contexts save instead of `saved`, asking the innermost first.
+    """Ask the open contexts, innermost first, what to save instead of `saved`. Return the answer.
 
     context: ask only contexts around this one; None: ask all.
     """
@@ -97,7 +97,7 @@ def is_free(tensor: Tensor) -> bool:
 
 
 class RecomputedOutputs(SavedContext):
-    """A context that saves `function` instead of each of `outputs`.
+    """A context manager that saves `function` instead of each of `outputs`.
 
     Views of an output are recomputed too, if they start at its first element (reshapes, transposes).
 
@@ -154,7 +154,7 @@ class _Again:
 
 
 class ReplaceableTensors(SavedContext):
-    """A context whose saved tensors can be replaced later."""
+    """A context manager that saves tensors unchanged. They can be replaced later."""
 
     def __init__(self) -> None:
         self._slots: list[weakref.ref[Slot]] = []
@@ -246,7 +246,7 @@ class _FirstRun(SavedContext):
 
 
 class _Place:
-    """A placeholder for one tensor of the first run."""
+    """A placeholder for one tensor that the first run of a layer saved."""
 
     def __init__(self, run: _FirstRun):
         self._run: _FirstRun | None = run
@@ -301,7 +301,7 @@ def remember(decision: T) -> T:
 
 
 def recall() -> Any:
-    """Return the first run's next decision; None outside a second run."""
+    """Return the next decision that the layer's first run stored; None outside a second run."""
     innermost = next(iter(_OPEN.get()), None)
     return innermost.decision() if isinstance(innermost, _SecondRun) else None
 

@@ -72,7 +72,8 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: context in which backward recomputes x instead of saving it. positions: None for complete sequences.
+        remake: context manager inside which autograd does not save x; backward recomputes x.
+        positions: None for complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         logits_BTE = self.score(x_BTD, remake)

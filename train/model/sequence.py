@@ -1,9 +1,9 @@
 """Describes the local positions of sequences, and exchanges values with processes that have the other positions.
 
 Usually a process has complete sequences. With context parallelism, N processes share each sequence. Its T positions are
-cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. Late pieces see more keys, so this
-balances the work. Each process has the tokens of the complete sequence. All other values, from the embedding to the
-loss, exist only for local positions.
+cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. Pieces near the end of the sequence see
+more keys, so this balances the work. Each process has the tokens of the complete sequence. All other values, from the
+embedding to the loss, exist only for local positions.
 
 Three computations need other positions:
 - attention (train/model/attention.py)
@@ -115,7 +115,7 @@ class SeenKeys:
 
 @dataclass
 class KeyChoices:
-    """State that the layers of sparse attention share in one micro-batch.
+    """Values that the layers with sparse attention share in one micro-batch.
 
     Training sets the first three fields (train/model/indexer.py).
     """
@@ -152,7 +152,7 @@ class Positions:
     """Key positions for every position and each indexer layer of the main model, instead of the indexers' choice; None:
     indexers choose. Int32, on the host; -1 fills missing keys."""
     choices: KeyChoices = field(default_factory=KeyChoices)
-    """State that the layers of sparse attention share."""
+    """Values that the layers with sparse attention share."""
 
     @property
     def whole_length(self) -> int:

@@ -8,7 +8,8 @@ are in memory. The log-sum-exps of the scores combine the results of the blocks:
     backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
 
 Backward gathers the latents and computes keys and values again. It sends a latent's gradient to the rank of the
-position. If backward is split in two (needed.py), the first pass stores the weight's gradient for the second.
+position. If backward is split in two (needed.py), the first pass also computes the gradients of the weights that
+compute keys and values, and stores these gradients for the second pass.
 
 Shapes: B sequences, T positions of this rank, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R
 rope width.

@@ -73,7 +73,7 @@ def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
     """Returns the PPO loss -min(r A, clip(r, 1 - clip, 1 + clip_high) A) (arXiv 1707.06347, eq. 7).
 
-    clip_high: None for `clip`; DAPO uses a larger value (arXiv 2503.14476). Needs the tensors advantages and
+    clip_high: None: as `clip`; DAPO uses a larger value (arXiv 2503.14476). Needs the tensors advantages and
     old_logprobs.
     """
     return _clipped(_ratio(logprobs_BT, tokens), tokens["advantages"], clip, clip_high)

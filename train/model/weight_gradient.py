@@ -3,8 +3,8 @@
 The `.grad` of a weight is a sum over micro-batches in fp32, even if the weight is bf16 (paper 3.3.3). Here the matmul
 adds directly to this sum, without rounding.
 
-The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
-that use the weight. So this node shows that the weight's gradient is complete (parallel/zero/sharded_weights.py).
+The matmul then returns an undefined gradient to autograd. autograd still runs the weight's graph node after all
+Functions that use the weight. When this node runs, the gradient is complete (parallel/zero/sharded_weights.py).
 
 Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """

@@ -150,7 +150,7 @@ class RunPlan:
 
     @property
     def lasting(self) -> Budget:
-        """The budget including failures, unless they cost 99 % of the time."""
+        """The budget with failures; the budget without failures if these cost 99 % of the time or more."""
         share = self.failures.effective_share if self.failures is not None else 1.0
         return self.budget.lasting(share) if share > 0.01 else self.budget
 

@@ -69,7 +69,7 @@ class SaveCosts:
         return max(self.write, self.between_failures * x - self.stall)
 
     def longest_interval(self, loss: float) -> float:
-        """Returns the longest interval whose effective share is at most `loss` below the best."""
+        """Returns the longest interval whose effective share is at most `loss` below the best share."""
         best = self.best_interval
         low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
         for _ in range(50):
@@ -85,8 +85,8 @@ class Failures:
     between_seconds: float
     restart_seconds: float
     restart_parts_seconds: dict[str, float]
-    """Parts of restart_seconds. The part `loading` is missing without hardware.storage_bandwidth, or with in-memory
-    copies."""
+    """Durations that add up to restart_seconds, by name. `loading` is missing if hardware.storage_bandwidth is unknown,
+    or if the run has in-memory copies."""
     stall_seconds: float
     write_seconds: float
     interval_seconds: float
@@ -97,7 +97,7 @@ class Failures:
     best_share: float | None
     """Effective share if the run saves every best_steps steps."""
     spare_nodes: int
-    """Number of spare nodes that is enough; see `spares`."""
+    """Number of spare nodes that is enough in the fraction COVERED of the time."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
@@ -142,7 +142,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 
 
 def spares(mean: float) -> int:
-    """Returns the number of spare nodes for COVERED.
+    """Returns the smallest number of spare nodes that is enough in the fraction COVERED of the time.
 
     mean: mean number of nodes under repair (Poisson distributed)
     """

@@ -57,7 +57,7 @@ def device_kind(config: Config) -> str:
 
 
 def device_memory(config: Config) -> int:
-    """Returns a device's memory in bytes; if unknown, a rank's share of this machine's."""
+    """Returns a device's memory in bytes; if unknown, a rank's share of this machine's memory."""
     if config.hardware.memory_bytes:
         return int(config.hardware.memory_bytes)
     import psutil
@@ -97,7 +97,7 @@ def micro_batches_of(config: Config) -> int:
 
 
 STEADY = 4
-"""A step with this many rounds of micro-batches has the same memory peak as a longer step."""
+"""A step with this many rounds (groups of at least `pp` micro-batches) has the same memory peak as a longer step."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
@@ -116,7 +116,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """Returns the pipeline's actions as a `Program`. micro_batches: None for a step's number."""
+    """Returns the pipeline's actions as a `Program`. micro_batches: their number; None for a complete step."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

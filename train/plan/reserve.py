@@ -102,7 +102,7 @@ def fragmentation(memory: int) -> int:
 def _collectives(layout: Layout) -> int:
     """Returns the bytes of a rank's communicators for collectives.
 
-    Equal groups share one; groups of one rank have none (parallel/mesh.py).
+    Equal groups share one communicator; groups of one rank have none (parallel/mesh.py).
     """
     stage = layout.stage_ranks
     pipeline = range(0, layout.world, stage)
@@ -136,7 +136,7 @@ def _exchange(config: Config, layout: Layout) -> int:
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
     """Returns the bytes of a rank's send and receive buffers.
 
-    most: maximum number of peers on its node
+    most: maximum number of peers on the rank's node
     """
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)

@@ -2,8 +2,8 @@
 
     python -m train.plan.smaller_layouts CONFIG [cpu|cuda]
 
-Writes layouts.json beside CONFIG (format: cluster/driver/shapes.py), at the lowest priority. The second argument is
-needed if the recipe names no hardware.
+Writes layouts.json beside CONFIG (format: cluster/driver/shapes.py). The process has the lowest CPU priority. The
+second argument is needed if the recipe names no hardware.
 """
 
 import math

@@ -2,7 +2,7 @@
 
     methods       Each call of the kernels, FP8 engine, wire or dispatcher counts as one kernel.
     backward      The backward of a differentiable method counts as one kernel.
-    operations    All other torch operations count; the ledger (train/plan/memory/ledger.py) passes them on.
+    operations    All other torch operations count. The ledger (train/plan/memory/ledger.py) reports them.
 
 The bytes of a call are those of its arguments and results. Repeated reads and writes are part of the measured rates.
 
@@ -37,7 +37,7 @@ from train.model.sequence import Rectangle, SeenKeys
 
 
 class Work(NamedTuple):
-    """The work of one kernel, or of several of one kind."""
+    """The work of one kernel, or of several kernels of one kind."""
 
     kind: str
     flops: float = 0.0
@@ -85,7 +85,7 @@ class WorkRecorder:
     """Records the work of one pass at a time.
 
     waits_for_each: whether every transfer blocks the pass, as on a CPU
-    clock: function that returns seconds; None without times
+    clock: function that returns seconds; None: do not measure times
     """
 
     def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
@@ -121,7 +121,7 @@ class WorkRecorder:
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Marks work inside the context as done once per step."""
+        """A context manager inside which work is marked as done once per step."""
         self._once = True
         try:
             yield
@@ -256,7 +256,7 @@ class WorkRecorder:
         setattr(buffer, name, send)
 
     def listen_to_share(self, share: Any) -> None:
-        """Record the transfers between ranks that share sequences. Each blocks the pass."""
+        """Record the transfers between ranks that share sequences. Each transfer blocks the pass."""
         others = share.parts - 1
         self.listen(share, "_all_gather", lambda out, there, own: Work("gather", bytes=others * _size(own)))
         self.listen(share, "_all_to_all", lambda out, there, own: Work("all_to_all", bytes=others * _size(own[0])))

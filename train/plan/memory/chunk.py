@@ -42,7 +42,7 @@ FFN's activations on the host until backward.
 
 @lru_cache(maxsize=4096)
 def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
-    """Returns the chunk with these parts, cached."""
+    """Returns the memory of a chunk with these parts, cached."""
     return ChunkMemory(scene, parts)
 
 
@@ -175,9 +175,9 @@ class ChunkMemory:
         return PassMemory(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
 
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
-        """Yields the parts in backward order, each with its pass and the live bytes outside of the pass.
+        """Yields the parts in backward order, each with the memory of its pass and the live bytes outside of the pass.
 
-        run_of: returns a part's pass; its second argument is `held` of `trace_backward`
+        run_of: function that returns the memory of a part's pass; its second argument is `held` of `trace_backward`
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h

@@ -36,7 +36,10 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Adds the dispatch method to a finished class. In the class body, torch would wrap it and make it slower."""
+    """Adds the dispatch method to a finished class.
+
+    If the class body defined the method, torch would wrap the method, which would make it slower.
+    """
     mode.__torch_dispatch__ = mode._count
     return mode
 
@@ -119,7 +122,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """New storages inside the context count zero bytes; the caller counts them."""
+        """A context manager inside which new storages count as zero bytes; the caller counts their bytes."""
         self._is_told_apart = True
         try:
             yield
@@ -128,7 +131,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def tagged(self, tag: str) -> Iterator[None]:
-        """New storages inside the context get this tag."""
+        """A context manager inside which new storages get this tag."""
         before, self.tag = self.tag, tag
         try:
             yield
@@ -145,7 +148,7 @@ class PhaseBytes(NamedTuple):
 
 
 class PeakMeter:
-    """Measures peak memory inside the context; see `mark`."""
+    """A context manager that measures peak memory; see `mark`."""
 
     def __init__(self, device: torch.device, counts_host: bool = False):
         """counts_host: on a GPU, also count tensors in host memory"""

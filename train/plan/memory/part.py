@@ -1,8 +1,8 @@
 """Measures memory and work of a model part: runs its real code on the meta device under a `Ledger`.
 
 The parts of a chunk are the embedding, the blocks, and the end (final norm, MTP modules, head and loss). `_Entry`
-creates a part's input, and `_Exit` the gradient of its output. train/plan/memory/chunk.py computes a chunk from its
-parts.
+creates a part's input, and `_Exit` the gradient of its output. train/plan/memory/chunk.py computes the memory of a
+chunk from its parts.
 
 Sizes are in bytes, without weights. Gradients of weights count only in a step's first backward, which allocates them.
 
@@ -82,13 +82,13 @@ class Scene:
     """Kind of device: cuda or cpu."""
     seq_len: int
     sequences: int
-    """B: sequences of a micro-batch."""
+    """Number of sequences in a micro-batch, B."""
     dispatch: str
     """The value of parallel.dispatch; `local` if every rank has all experts."""
     wire: str
     ep: int
     ranks_per_node: int
-    """Ranks of an expert-parallel group on one node."""
+    """Number of ranks of an expert-parallel group on one node."""
     load: Load
     """Number of rows that this rank's experts receive."""
     gloo: bool
@@ -109,7 +109,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A section of a pass, after which overlapped passes may switch."""
+    """A section of a forward or backward pass. After the section, overlapped passes may switch."""
 
     peak: int
     """Maximum of the live bytes in the section."""
@@ -124,7 +124,7 @@ class PassMemory:
     start: int
     pieces: tuple[Stretch, ...]
     work: tuple[WorkSegment, ...] = ()
-    """Work of the pass; empty for a pass through several parts."""
+    """Work of the pass; empty for a pass through several model parts."""
 
     @property
     def end(self) -> int:
@@ -160,12 +160,12 @@ def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forwards that `trace_backward` has traced, by settings and part name."""
+"""Forward passes that `trace_backward` has traced, by settings and part name."""
 
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """Returns the memory of a model part's forward, from `trace_backward` if that has traced it.
+    """Returns the memory of a model part's forward. If `trace_backward` has traced it, that result is returned.
 
     part: name as in `Parts` (train/plan/memory/chunk.py)
     """
@@ -191,9 +191,9 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """Returns the memory of a split backward: gradients of inputs, then of weights.
+    """Returns the memory of a split backward: first the pass for gradients of inputs, then the pass for weights.
 
-    Both passes include the output and the incoming gradient, which the stage holds.
+    The memory of each pass includes the output and the incoming gradient, which the stage holds.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -485,7 +485,7 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """A context in which the ledger does not count FP8 casts of weights."""
+        """A context manager inside which the ledger does not count FP8 casts of weights."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 
@@ -520,7 +520,7 @@ class _Exit(Function):
 
 
 class _End(DeepSeekV3):
-    """The part `end`: everything after the last chunk's blocks."""
+    """The part `end` of the last chunk: final norm, MTP modules, head and loss."""
 
     def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, **given: Any) -> Tensor:
         self._embedding_BTD = embedding_BTD
@@ -599,5 +599,5 @@ def bare(part: str) -> str:
 
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
-    """Returns settings of sparse attention with which all blocks behave as this part's block."""
+    """Returns the settings of sparse attention for a model in which every block works like this part's block."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

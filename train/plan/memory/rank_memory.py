@@ -75,7 +75,7 @@ class RankMemory:
     peak_bytes: int
     """Sum of the items."""
     peak_event: str
-    """The action or phase at the peak."""
+    """Name of the action or phase with the peak."""
     in_flight: int
     """Number of micro-batches that wait for backward at the schedule's peak."""
     phases: dict[str, PhaseBytes]
@@ -141,7 +141,7 @@ def rank_memory(
     scene: settings of all passes (`scene_of`)
     layers: layers of every stage; None: the layout's split
     shortest: plan only enough micro-batches to find the memory peak
-    depth: whether the peak is exact, or only a bound
+    depth: which passes are measured. With all passes, the peak is exact; else it is a lower bound.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -457,7 +457,10 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        """Returns the bytes of these parts' gradients. With optim.index_warmup, only indexers have gradients."""
+        """Returns the bytes of the weight gradients of these model parts.
+
+        With optim.index_warmup, only indexers have gradients.
+        """
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

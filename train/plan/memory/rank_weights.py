@@ -105,7 +105,7 @@ def needs_table(model: Model, parts: Parts) -> bool:
 
 @dataclass(frozen=True)
 class Shards:
-    """One parameter group, which DeepSpeed flattens, pads and cuts into equal parts."""
+    """One parameter group, which DeepSpeed flattens, pads and cuts into equal shards."""
 
     weights: list[Weight]
     ranks: int
@@ -117,12 +117,12 @@ class Shards:
 
     @property
     def partition(self) -> int:
-        """Elements of this rank's part, aligned to two by DeepSpeed."""
+        """Number of elements of this rank's shard. DeepSpeed rounds this number up to an even number."""
         return math.ceil(self.elements / (2 * self.ranks)) * 2
 
     @property
     def scattered(self) -> int:
-        """Elements of this rank's part at stage 3, which shards each weight."""
+        """Number of elements of this rank's shards at ZeRO stage 3, which shards each weight separately."""
         return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
 
 
@@ -137,13 +137,16 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def scratch_bytes(config: Config, group: Shards, elements: int, scene: Scene) -> int:
-    """Returns the scratch bytes of a group's update. elements: size of this rank's part."""
+    """Returns the scratch bytes of a group's update. elements: number of elements of this rank's shard."""
     weights = WeightShapes(group.rule, [(one.name, one.shape) for one in group.weights])
     optimizer = OPTIMIZER_CLASSES[config.optim.facts.name]
     return optimizer.count_scratch_bytes(scene.kind, config, weights, elements, scene.compiled)
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Returns the bytes of this rank's optimizer state. owned: returns its elements in a group."""
+    """Returns the bytes of this rank's optimizer state.
+
+    owned: function that returns the number of elements of a group for which the rank has the state
+    """
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -46,23 +46,26 @@ class StagePlan:
     table: int
     """Bytes of the embedding's gradient; 0 without the embedding."""
     one_piece: bool = False
-    """Whether backward cannot be split. Action I then runs all of it, and action W does nothing."""
+    """Whether backward cannot be split. If so, action I runs the complete backward, and action W does nothing."""
 
 
 class WalkDepth(IntEnum):
     """Passes that a `ScheduleWalk` measures. With fewer passes, its peak is a lower bound."""
 
     forwards = 0
-    """Only forward passes. After the first half of a split backward, all tensors that the forward kept still count."""
+    """Measure only forward passes.
+
+    After the first half of a split backward, all tensors that the forward kept still count.
+    """
 
     settled = 1
-    """All passes except those that allocate gradients."""
+    """Measure all passes except those that allocate gradients."""
     whole = 2
-    """All passes."""
+    """Measure all passes."""
 
 
 SENT = -1
-"""Marks gloo as the holder of a tensor. Other holders are stages."""
+"""Stands for gloo in the holders of a tensor. All other holders are stage indices."""
 
 
 class ScheduleWalk:
@@ -99,7 +102,7 @@ class ScheduleWalk:
         """The peak: its total bytes, bytes outside of passes, bytes of gradients, live items, the action, and the
         number of forward passes in this action."""
         self._leaving: list[tuple[str, int, int]] = []
-        """Items that the last action added and that the next action removes."""
+        """Items that the previous action added, and that are removed when the current action ends."""
         self._host = 0
         self.host_peak = 0
         """Peak bytes of host memory."""
@@ -196,7 +199,7 @@ class ScheduleWalk:
             del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
-        """Returns the live items that the action's measured pass includes."""
+        """Returns the keys of the live items that the measured memory of the action's pass already includes."""
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":

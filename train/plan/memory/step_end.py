@@ -212,7 +212,7 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """Frees the bucket, and reduced gradients that are larger than it.
+        """Frees the bucket, and the reduced gradients that are larger than the bucket.
 
         After an early reduction (`ahead`), first allocates missing shards.
         """

@@ -82,7 +82,8 @@ class Zero3Memory:
     def reduction(self) -> int:
         """Returns the peak bytes when a micro-batch's last gradients are reduced.
 
-        DeepSpeed keeps the embedding's weights, because it misses the end of the embedding's backward.
+        DeepSpeed keeps the embedding's weights gathered, because it does not notice the end of the embedding's
+        backward.
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
@@ -143,7 +144,7 @@ class Zero3Memory:
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights of each unit. The first, the model itself, has none."""
+        """Weights of each unit. The first unit, the model itself, has no weights."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}

@@ -40,12 +40,12 @@ class SharedWeight(NamedTuple):
 
     @property
     def padded_bytes(self) -> int:
-        """Bytes of the shards of all ranks."""
+        """Bytes of the weight's shards on all ranks."""
         return self.shard_bytes * self.ranks
 
 
 class GatheredBytes(NamedTuple):
-    """Bytes of gathered weights at one execution of a unit."""
+    """Bytes of gathered weights at one execution of a unit, such as a block."""
 
     fetching: int
     """Peak bytes while the unit waits for its weights."""
@@ -61,7 +61,7 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """One weight. next_use: index of the latest visit for which the weight is gathered."""
+    """One weight. next_use: largest index of the visits for which DeepSpeed has requested the weight so far."""
 
     shared: SharedWeight
     status: _Status = _Status.away
@@ -104,10 +104,10 @@ def follow_gathers(
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Returns the gathered bytes if another unit runs than DeepSpeed has recorded.
+    """Returns the gathered bytes at an execution for which DeepSpeed has recorded another unit.
 
     number: index of this execution
-    unit: index of the unit that runs
+    unit: index of the unit that really runs
     """
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)

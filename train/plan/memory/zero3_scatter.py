@@ -21,7 +21,7 @@ class WaitingGradients(NamedTuple):
 
     elements: int = 0
     padded: int = 0
-    """Number of elements, including the padding to equal shards."""
+    """Number of elements of the waiting gradients, with the padding to equal shards."""
     tensors: int = 0
     experts: bool = False
 
@@ -31,7 +31,7 @@ NOTHING = WaitingGradients()
 
 @dataclass(frozen=True)
 class Bucket:
-    """DeepSpeed's rules for the bucket of waiting gradients."""
+    """DeepSpeed's bucket of gradients that wait for their reduction."""
 
     limit: int
     """Size of the bucket in elements."""
@@ -78,7 +78,7 @@ class Visit(NamedTuple):
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the executions of units in a model part's forward.
+    """Returns the execution of each unit in a model part's forward. DeepSpeed gathers a unit's weights together.
 
     The part `end` has the units norm, mtp.0 ... and head. Every other part is one unit.
     """
@@ -88,7 +88,7 @@ def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the executions of units in a forward without gradients."""
+    """Returns the execution of each unit in a model part's forward without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -138,7 +138,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """Returns the executions of units in the last pass. whole: the memory of this pass"""
+        """Returns the execution of each unit in the newest pass. whole: the memory of this pass"""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start
@@ -155,7 +155,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Records the start of a unit's backward, when its output's gradient exists."""
+        """Records the start of a unit's backward: the moment at which the gradient of the unit's output exists."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 

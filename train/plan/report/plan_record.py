@@ -1,6 +1,6 @@
 """Converts a plan to plan.json, and to sentences for the terminal and plan.html.
 
-Fields: train/docs/plan.md. Their names contain the units.
+train/docs/plan.md lists the fields. The name of a field contains its unit of measurement.
 """
 
 from collections.abc import Sequence

@@ -27,10 +27,10 @@ class ActivationSaving:
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
     blocks: str = ""
-    """What the first blocks of each stage also do: `recompute`, `offload`, or empty."""
+    """How the first blocks of each stage save more memory: `recompute`, `offload`, or empty for neither."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """Returns the recipe with these settings and `blocks` blocks per stage."""
+        """Returns the recipe with these settings. blocks: number of first blocks per stage that save more memory"""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
@@ -68,7 +68,7 @@ class Candidate:
     """A layout that the memory bound does not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """The recipe in this layout, without `saving` and `way`."""
+    """The recipe in this layout, before `saving` and `way` are applied."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
@@ -120,7 +120,7 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
     """Yields pairs of a schedule and a number of virtual stages.
 
-    More than two virtual stages are only tried if at most two stages then have no layers.
+    More than two virtual stages are only tried if at most two stages would have no layers.
     """
     if pp == 1:
         yield PLAIN_SCHEDULE, 2

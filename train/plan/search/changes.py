@@ -45,9 +45,10 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """Returns the recipe with a batch ramp in multiples of `share` sequences, from at least `least` * `share`.
+    """Returns the recipe with a batch ramp in multiples of `share` sequences.
 
-    Without a ramp, or if none is possible, the recipe is unchanged.
+    The ramp starts with at least `least` * `share` sequences. If the recipe has no ramp, or if no such ramp is
+    possible, the recipe is unchanged.
     """
     optim = config.optim
     if optim.batch_ramp_start is None:

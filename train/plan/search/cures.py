@@ -77,7 +77,7 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 class FasterSplit:
     """A split of layers into stages with a faster step than the plan's.
 
-    room_bytes: free bytes of the fullest device; negative if lacking
+    room_bytes: free bytes of the fullest device; negative if memory is lacking
     """
 
     layers: list[int]
@@ -86,7 +86,7 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """Returns the layer split that best balances planned times; None if it saves less than WORTH."""
+    """Returns the layer split that best balances planned times; None if it saves too little time (WORTH)."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -99,7 +99,7 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """Returns the fastest number of stages per rank; None if none fits and saves WORTH."""
+    """Returns the change to the fastest number of stages per rank; None if no change fits and saves enough (WORTH)."""
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
         return None
@@ -114,7 +114,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Returns the peak bytes in this recipe of the rank that is fullest in the plan, as a quick check."""
+    """Returns the peak bytes of one rank under this recipe, as a quick check: the rank that is fullest in the plan."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 

@@ -124,7 +124,7 @@ class QuickStages(Stages):
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
     """Whether every rank has memory for its state and for the activations that wait for backward.
 
-    kept: function from `blocks` to each rank's bytes of activations
+    kept: function that maps `blocks` to each rank's bytes of activations
     held: bytes of state by rank
     room: bytes of memory of a rank
     blocks: number of blocks per stage that recompute or offload
@@ -149,7 +149,8 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
     """Returns two lower bounds per rank on the number of micro-batches that wait for backward.
 
     - The first bounds the maximum over the step.
-    - The second bounds the maximum while another micro-batch runs forward. It is negative if this never occurs.
+    - The second bounds the maximum while another micro-batch runs forward. It is negative if no forward counts
+      (`in_flight`).
 
     If two micro-batches overlap, only one counts, because the other does not have all activations in memory.
     """
@@ -274,8 +275,8 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
     """Returns two maximum numbers of micro-batches that wait for backward, for each rank.
 
-    The first is the maximum over time, the second the maximum while a forward runs. Both leave out the time before all
-    stages of the rank have run their first backward.
+    The first is the maximum over time, the second the maximum while a forward runs. Both maxima leave out the time
+    before all stages of the rank have run their first backward.
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

@@ -51,11 +51,11 @@ _UNSEEN = -1
 NEARER = (1.0, 2.0, 3.0)
 """Growing limits on the distance of the tried layouts from the recipe.
 
-Each limit is a distance (`_Finder._distance`) beyond that of the most similar layouts. The last step of the search has
+Each limit is added to the distance (`_Finder._distance`) of the most similar layouts. The last step of the search has
 no limit.
 """
 UNEVEN = 1.03
-"""The search tries another split if the busiest rank has this many times the mean work."""
+"""If the busiest rank has this many times the mean work, the search tries another split of layers into stages."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class _Finder:
         self._blocks: dict[int, int | None] = {}
         """Cache of `_fewest`. The key is the id of a candidate."""
         self._estimated: dict[tuple[int, int], float] = {}
-        """Cache of `_seconds`. All candidates stay alive, so their ids stay valid."""
+        """Cache of `_seconds`. A key has the id of a candidate, which stays valid because all candidates stay alive."""
         self._fitting: dict[tuple[str, ...], _Fit] = {}
         """Layouts that fit, by the tuple of their overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
@@ -292,7 +292,7 @@ class _Finder:
             family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
 
     def _try(self, possible: list[Candidate], wanted: int) -> None:
-        """Store layouts that fit, and report each new fastest."""
+        """Store layouts that fit, and report each new fastest layout."""
         for fit in self._fits(possible, wanted):
             before = min(self._fitting.values(), key=_step_seconds, default=None)
             self._fitting[self._name(fit.config)] = fit
@@ -315,7 +315,7 @@ class _Finder:
         return ways
 
     def _fits(self, possible: list[Candidate], wanted: int) -> Iterator[_Fit]:
-        """Yields layouts that fit, until no other can be among the fastest."""
+        """Yields layouts that fit, until no other layout can be among the fastest."""
         queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
@@ -367,7 +367,7 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """Returns the result of `_missed`, cached, because several activation savings can lead to the same recipe."""
+        """Returns the result of `_missed`, cached, because several candidates can have the same recipe."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)

@@ -198,7 +198,8 @@ def _factors_together(
 ) -> dict[str, float]:
     """Returns the factors on kernel times while all ranks are active.
 
-    launch: rate of a launch, measured with one active rank. It does not change, because each rank has its own core.
+    launch: rate of a launch, measured with one active rank. This rate does not change, because each rank has its own
+        core.
     """
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}

@@ -83,7 +83,8 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
     """Returns the end time of a computation.
 
-    It starts at `now`, and takes `seconds` without a transfer. Until the time `link`, a transfer slows it.
+    The computation starts at `now`, and takes `seconds` without a transfer. Until the time `link`, a transfer slows
+    the computation.
     """
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -37,7 +37,7 @@ WORK_KINDS = {
 Names of rates also have a number format, such as fprop_bf16.
 """
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds of work without a fallback. Kinds that no table of this file lists fall back to `memory`."""
+"""Kinds of work without a fallback. Kinds that this file does not list fall back to `memory`."""
 HOST = ("host", "host_memory")
 """Kinds of work that offloading causes. No other rate replaces a missing rate of these kinds.
 
@@ -64,7 +64,7 @@ TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 class JobInterval:
     """Expected step time: the planned time multiplied by exp(low) to exp(high).
 
-    `python -m bench.plan_published` computes both.
+    `python -m bench.plan_published` computes low and high.
     """
 
     low: float
@@ -85,7 +85,10 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Expected ranges by kind of program. Sluice has no GPU timings, so its range comes from jobs of all programs."""
+"""Expected ranges of the step time: for Sluice, and for tuned Megatron.
+
+No GPU has timed Sluice, so its range comes from the published jobs of all training programs.
+"""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -106,16 +109,16 @@ class Rates:
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Measured time of passes and update, divided by their kernels' time; 1 if not measured."""
+    """Measured time of the passes and of the update, each divided by the time of its kernels; 1 if not measured."""
     threads: int | None = None
     """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)
-    """Equal to INTERVALS; empty if these rates were not compared with published jobs."""
+    """Expected ranges of the step time (INTERVALS); empty if these rates were not compared with published jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Cache of rates by kind."""
 
     def rate(self, kind: str) -> Rate:
-        """Returns the rate of a kind, or of its fallback. Raises UserError without both."""
+        """Returns the rate of a kind, or of its fallback. Raises UserError if neither has a rate."""
         if kind not in self._found:
             self._found[kind] = self._find(kind)
         return self._found[kind]
@@ -138,7 +141,7 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Returns the seconds of work in passes. They include the time of launches, if it was measured."""
+        """Returns the seconds of work in passes, including launches if their rate was measured."""
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 
@@ -187,7 +190,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
 
 
 def read_calibration(path: str) -> dict[str, Any]:
-    """Returns a calibration file's content. Raises UserError for other files."""
+    """Returns a calibration file's content. Raises UserError if the file is no valid calibration."""
     try:
         found = parse_json(read_plain_text(Path(path)))
     except ValueError as error:

@@ -29,7 +29,10 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""With at most this many micro-batches, the first backward has its own time, because it creates the gradient sums."""
+"""If a step has at most this many micro-batches, the first backward is planned separately from the others.
+
+The first backward creates the gradient sums.
+"""
 
 
 @dataclass
@@ -126,7 +129,7 @@ class Stages:
         return scene_of(self.config)
 
     def directions(self, stage: int) -> Directions:
-        """Returns the passes of a stage. Equal stages share them."""
+        """Returns the passes of a stage. Equal stages have the same passes."""
         return self._passes(self.kind(stage))
 
     def kind(self, stage: int) -> Parts:
@@ -158,7 +161,7 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """Returns the time of one pass over parts. way: F, B, I or W."""
+        """Returns the time of one pass over model parts. way: kind of action (F, B, I or W)."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
@@ -187,7 +190,8 @@ class Stages:
     def _end(self, way: str) -> PassTime:
         """Returns the time of a pass through the part `end`, for a model with MTP modules and ep above 1.
 
-        It is the time at ep 1, but with this layout's MTP blocks. Tracing `end` for every layout would be slow.
+        The result is the time at ep 1, but with the MTP blocks of this layout. Tracing `end` for every layout would be
+        slow.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -208,7 +212,7 @@ class Stages:
         return trace_split_backward(self._scene, part, first)[way == "W"]
 
     def _timed(self, passes: list[tuple[float, PassMemory]]) -> PassTime:
-        """Returns the average of passes, weighted by their fractions of the micro-batches."""
+        """Returns the mean time of passes. A pass is weighted by the fraction of the micro-batches that run it."""
         made = PassTime()
         for segments in zip(*(run.work for _, run in passes), strict=True):
             weighed = list(zip([share for share, _ in passes], segments, strict=True))
@@ -223,7 +227,7 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Returns the work multiplied by `share`. Work that a step does only once is spread over its micro-batches."""
+        """Returns the work multiplied by `share`. Work that a step does only once is spread over all micro-batches."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches

@@ -49,14 +49,14 @@ class StepTime:
     host_seconds: float
     """Seconds of a host core to launch a step's kernels; 0 if unknown. No other field includes them."""
     exchange_seconds: float
-    """Seconds of all dispatches and combines, also while a rank computes."""
+    """Seconds of all dispatches and combines, including those that run while a rank computes."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
     """MFU relative to the bf16 peak; None if unknown."""
     mfu_full: float | None
-    """MFU with attention FLOPs without the causal mask; None if unknown."""
+    """MFU whose attention FLOPs ignore the causal mask; None if unknown."""
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
@@ -73,7 +73,7 @@ class StepTime:
 
     @property
     def host_share(self) -> float:
-        """Time to launch the passes' kernels, divided by their computing time."""
+        """Time to launch the passes' kernels, divided by the computing time of these kernels."""
         return self.host_seconds / sum(self.work_seconds.values())
 
     @property
@@ -83,7 +83,7 @@ class StepTime:
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Expected ranges of the step time, by kind of program."""
+        """Expected ranges of the step time in seconds, by the keys of INTERVALS (rates.py)."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
@@ -115,7 +115,7 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Longer steps are extrapolated from simulations with up to this many micro-batches per pipeline rank."""
+"""Maximum number of micro-batches per pipeline rank in the simulations from which longer steps are extrapolated."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """Returns the slowest rank's update time, without reduction during passes.
+    """Returns the slowest rank's update time, which excludes reduction during passes.
 
     simulated: the arguments `program`, `simulation` and `length` of `_hidden`; without them, the result is a lower
         bound
@@ -228,7 +228,7 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """Returns `measure` summed over a step's kernels, by kind of work, as a mean over ranks."""
+    """Applies `measure` to a step's kernels. Returns the sums by kind of work, averaged over ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)

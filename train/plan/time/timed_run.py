@@ -45,7 +45,7 @@ class TimedRun(Run):
         self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=True, clock=clock)
 
     def timed(self) -> list[TimedWork]:
-        """Returns the kernels of both passes, with their shortest times."""
+        """Returns the kernels of forward and backward, with their shortest times."""
         passes = []
         for _ in range(TIMED_PASSES):
             self.forward()

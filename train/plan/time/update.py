@@ -45,7 +45,7 @@ class UpdateTime:
     """Seconds of reduction, optimizer and gather."""
 
     reduce: float
-    """Seconds of reduction and its copies, without overlap with passes."""
+    """Seconds of reduction and its copies, without the seconds in `hidden`."""
     optimizer: float
     gather: float
     hidden: float = 0.0
@@ -173,10 +173,10 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """Returns the kind of link that limits a ring, and how many of them a node uses.
+    """Returns the kind of link that limits a ring, and how many such links a node uses.
 
     group: number of ranks in the ring
-    per_node: number of its ranks on each node
+    per_node: number of ranks of the ring on each node
     """
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
