@@ -93,7 +93,10 @@ def main(configs: list[Config]) -> int:
 
 
 def do(config: Config, alone: bool) -> int:
-    """Run the job's `mode`. Returns the exit code. alone: whether this process may become a rank."""
+    """Run the job's `mode`. Returns the exit code. alone: whether this is the command's only job.
+
+    If it is, this process may become a rank.
+    """
     try:
         if config.mode is Mode.train:
             return _train(config, alone)

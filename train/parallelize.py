@@ -149,7 +149,7 @@ def build_pipeline(
 
 
 def stage_layers(config: Config) -> list[range]:
-    """Returns the layers of every stage, by parallel.split."""
+    """Returns the layers of every stage, as parallel.split says."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)

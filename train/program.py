@@ -79,7 +79,7 @@ def environment_of_children() -> dict[str, str]:
 
 @contextmanager
 def keep_environment(names: Collection[str]) -> Iterator[None]:
-    """Context after which these environment variables have their old values."""
+    """Returns a context manager that restores these environment variables on exit."""
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield

@@ -50,7 +50,10 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Context with a marker file, which remains if the process ends."""
+    """Returns a context manager that creates a marker file of this rank and removes it on exit.
+
+    If the process dies, the file remains.
+    """
     if failures is None:
         yield
         return
@@ -145,7 +148,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """Run `make` on one rank of every machine, then on the others."""
+    """Run `make` on one rank of every machine, and then on the other ranks."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:

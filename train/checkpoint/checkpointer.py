@@ -1,8 +1,8 @@
 """Saves checkpoints while the training continues.
 
 `save` copies the shards to CPU buffers. A thread writes the buffers to disk and takes part in the commit
-(`train.checkpoint.commit`). A failed save becomes a warning in `poll`. The next save gives up an unfinished save, which
-no rank commits later.
+(`train.checkpoint.commit`). A failed save becomes a warning in `poll`. The next save waits a limited
+time for an unfinished save, and then gives it up. No rank commits a given-up save.
 """
 
 import json
@@ -27,20 +27,20 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save.
+"""The next save waits this fraction of the timeout for an unfinished save, and then gives it up.
 
 Below 1, because other ranks may already wait for this rank.
 """
 GRACE = 0.1
 """Fraction of the timeout after which a given-up save counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum, in seconds, of the time that GRACE allows a given-up save."""
+"""Minimum number of seconds after which a given-up save counts as stuck (see GRACE)."""
 MOST_STUCK = 2
 """Maximum number of stuck saves, which occupy buffers."""
 
 
 class SaveFailed(DiskFailed):
-    """The required last save of a run failed. late: whether ranks were only too slow."""
+    """The required last save of a run failed. late: whether the only reason is that ranks were too slow."""
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
         cure = "free space on the disk, make it writable, or repair the failed disk (see `dmesg`)"

@@ -43,7 +43,7 @@ class AttemptFenced(RuntimeError):
 
 
 class SaveAbandoned(RuntimeError):
-    """This save cannot be committed. late: whether ranks were only too slow."""
+    """This save cannot be committed. late: whether the only reason is that ranks were too slow."""
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
         super().__init__(text)

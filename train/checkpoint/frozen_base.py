@@ -1,4 +1,4 @@
-"""Reads the frozen base of an adapter and rounds it to block FP8."""
+"""Reads the frozen base weights of an adapter and rounds them to block FP8."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def fill_blocks(
     - ep: number of ranks that share the experts
     - held: buffer for the weight's bytes from index `first` on; may end with padding
     - fill: function that reads fp32 values
-    - mark: fingerprint that gets the values
+    - mark: adds the values to the fingerprint of the base weights
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -43,7 +43,7 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with a base's values, rounded as in training."""
+    """Fill fp32 shards with base weights, rounded as in training."""
     plain = {name: shard for name, shard in wanted.items() if not is_held_in_blocks(name)}
     fill(plain)
     for name in wanted.keys() - plain.keys():
@@ -51,7 +51,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """Fill a shard of one weight from complete rows of blocks."""
+    """Fill a shard of one weight. Reads whole blocks, because the values of a block share one scale."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):
@@ -63,7 +63,10 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields (first element, number of rows) of the complete rows of blocks that cover the interval [first, stop)."""
+    """Yields (first element, number of rows) for each matrix: its rows that the interval [first, stop) touches.
+
+    The rows are extended to whole blocks.
+    """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):
         low, high = max(first - matrix * size, 0), min(stop - matrix * size, size)

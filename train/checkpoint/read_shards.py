@@ -156,7 +156,7 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Splits a wanted shard into pieces: (rank with the file, piece)."""
+    """Splits a wanted shard into pieces. Returns for each: (rank whose file contains it, piece)."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]

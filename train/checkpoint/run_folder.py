@@ -117,7 +117,7 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """Returns a context in which rank 0 holds its shared lock."""
+    """Returns a context manager in which rank 0 holds its shared lock."""
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
     try:

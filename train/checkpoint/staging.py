@@ -123,7 +123,7 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Fill the buffers with the data part, from the byte `start` on."""
+        """Fill the buffers with the file's data part, from its byte `start` on."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)

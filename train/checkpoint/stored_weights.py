@@ -1,9 +1,9 @@
 """Reads the weights of a checkpoint or a Hugging Face folder, and adds a LoRA adapter if there is one:
 
-    W + scale B A       computed in fp32; W: a weight of the adapter's base
+    W + scale B A       computed in fp32; W: one of the adapter's base weights
 
-A checkpoint of an adapter's run contains A and B, without the base. With adapter.path, A and B are in a PEFT folder,
-and the checkpoint or Hugging Face folder is the base. Only a few tensors are in memory at a time.
+A checkpoint of an adapter's run contains A and B, without the base weights. With adapter.path, A and B are in a PEFT
+folder, and the checkpoint or Hugging Face folder contains the base weights. Only a few tensors are in memory at a time.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ CACHED_TENSORS = 8
 
 
 class StoredLora:
-    """Adds the product of A and B to a base."""
+    """Adds the product of LoRA A and B to base weights."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class StoredLora:
         weights: str | None,
         other: UserError,
     ):
-        """read: returns an A or B in fp32. base: storage format of the base in training.
+        """read: returns a LoRA A or B in fp32. base: storage format of the base weights in training.
 
-        weights: fingerprint of the base in training, or None. other: the error to raise for another base.
+        weights: fingerprint of the base weights in training, or None. other: the error to raise for other base weights.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
@@ -86,7 +86,7 @@ class StoredLora:
         return fill if self._weights is None else self._mark.watching(fill)
 
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
-        """Raise UserError if the adapter was trained with another base. Call it after reading the base."""
+        """Raise UserError if the adapter was trained with other base weights. Call it after they are read."""
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
 
@@ -99,7 +99,7 @@ class StoredLora:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards with base plus adapter, computed in fp32 and then rounded."""
+        """Fill shards with the sum of base weights and adapter, computed in fp32 and then rounded."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -142,7 +142,7 @@ class StoredWeights:
             self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """Returns the fingerprint of the adapter's base (see `mark_of`)."""
+        """Returns the fingerprint of the adapter's base weights (see `mark_of`)."""
         assert self._base is not None
         return mark_of(self._base, model)
 
@@ -164,9 +164,9 @@ def plain_name(name: str) -> str:
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
-    """Returns a function that reads the base of a checkpoint's adapter. Raises UserError.
+    """Returns a function that reads the base weights of a checkpoint's adapter. Raises UserError.
 
-    It searches the path in the meta, and then init_from.
+    Their path is in the checkpoint's meta. If this path does not exist, init_from must name them.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
@@ -185,7 +185,7 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 
 
 def mark_of(fill_base: FillShards, model: Model) -> str:
-    """Returns a fingerprint of a base: a hash of its norm weight and first embedding."""
+    """Returns a fingerprint of base weights: a hash of the norm weight and the first embedding."""
     norm, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(
         {

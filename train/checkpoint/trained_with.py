@@ -1,4 +1,4 @@
-"""Checks whether a checkpoint fits a run: tokenizer, model shape, adapter's base."""
+"""Checks whether a checkpoint fits a run: tokenizer, model shape, adapter's base weights."""
 
 import hashlib
 import json
@@ -90,20 +90,20 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
         )
 
 
-# Identifies the base of an adapter, and checks the adapter's settings. No torch.
+# Identifies the base weights of an adapter, and checks the adapter's settings. No torch.
 #
-# A checkpoint of an adapter contains a fingerprint of the base, which detects most wrong bases before the start.
-# Reading all weights gives a second fingerprint, the mark (train/checkpoint/weights_mark.py). It detects every changed
-# value. Checkpoints of earlier versions have no mark.
+# A checkpoint of an adapter contains a fingerprint of the base weights. It detects most wrong base weights before the
+# start. Reading all weights gives a second fingerprint, the mark (train/checkpoint/weights_mark.py). It detects every
+# changed value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
 """The fingerprint reads a file at PLACES positions. BYTES_OF_PLACE: number of bytes that it reads at each position."""
 SHAPING = ("rank", "targets", "base")
-"""Adapter settings that determine parameter shapes and the base's format."""
+"""Adapter settings that determine parameter shapes and the format of the base weights."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """Returns a checkpoint's meta entry `base`: path and fingerprint. Raises UserError."""
+    """Returns a checkpoint's meta entry `base`: path and fingerprint of the base weights. Raises UserError."""
     found = hashlib.sha256()
     if isinstance(source, Path):
         found.update(json.dumps(sorted(read_manifest(source).files.items())).encode())
@@ -141,14 +141,14 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
 
 
 def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: dict[str, str]) -> None:
-    """Raise UserError if the checkpoint's adapter was trained with another base."""
+    """Raise UserError if the checkpoint's adapter was trained with other base weights."""
     known, now = (one.get("weights") for one in (meta["base"], base))
     if meta["base"]["fingerprint"] != base["fingerprint"] or (known and now and known != now):
         raise other_base(config.init_from, checkpoint, meta)
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """Returns the UserError for another base than the adapter's."""
+    """Returns the UserError for base weights that are not the adapter's."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")

@@ -1,6 +1,6 @@
-"""Computes a fingerprint (mark) of a base's weights while they are read, in any file format and layout.
+"""Computes a fingerprint (mark) of an adapter's base weights while they are read, in any file format and layout.
 
-    mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
+    mark = sum over all elements of  number(value) * factor(index in its block) * factor(tensor, block)    mod 2^64
 
 - A block is BLOCK consecutive elements of a flattened tensor.
 - number(value) is an integer computed from the value in bf16, equal for fp32, bf16 and block FP8.
@@ -22,7 +22,7 @@ from parallel.shard import Shard
 FillShards = Callable[[dict[str, Shard]], Any]
 """A function that fills shards, by their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
-"""BLOCK: elements of a block. BLOCKS_AT_ONCE: blocks that one call sums."""
+"""BLOCK: number of elements in a block. BLOCKS_AT_ONCE: number of blocks that one call sums, by device type."""
 MODULUS = 1 << 64
 """The sums are computed modulo this number, like unsigned 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
@@ -37,7 +37,7 @@ class WeightsMark:
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a function that also adds filled values to the fingerprint."""
+        """Returns a function that fills shards like `fill`, and adds their values to the fingerprint."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -61,7 +61,7 @@ class WeightsMark:
         taken[:] = _joined(taken)
 
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
-        """Returns the fingerprint. gather: returns the sums of every rank."""
+        """Returns the fingerprint. gather: function that returns the sums of all ranks."""
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
         for name, start, stop, value in sorted({tuple(part) for rank in gather(self.parts) for part in rank}):

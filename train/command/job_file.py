@@ -117,7 +117,7 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Splits the arguments into kind, flags and recipe arguments."""
+    """Splits the arguments into kind of job file, flags, and arguments for the recipe."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):
@@ -175,7 +175,7 @@ def _job(
 
 
 def _written(kind: str, job: Job) -> str:
-    """Returns this kind's template with the job's values."""
+    """Returns the template of this kind of job file, filled with the job's values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "cluster" / "files"), undefined=jinja2.StrictUndefined,
         block_start_string="#%", block_end_string="%#",

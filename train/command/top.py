@@ -132,13 +132,13 @@ def _head(picture: dict[str, Any], width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """Packs whole pieces of text into lines of `width` characters."""
+    """Joins texts into lines of `width` characters, with line breaks only between texts."""
     whole = "  ".join(piece.replace(" ", HARD_SPACE) for piece in pieces)
     yield from (Text(line.replace(HARD_SPACE, " ")) for line in textwrap.wrap(whole, width))
 
 
 def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[Text]:
-    """Returns a heat map of stages and replicas. A cell shows its largest value."""
+    """Returns a heat map of stages and replicas. A cell that contains several ranks shows their largest value."""
     (title, words), stages, replicas = MAPS[name], picture["stages"], picture["replicas"]
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]

@@ -28,7 +28,7 @@ SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
 """Seconds between computations of the wall time."""
 PACE_STEPS = 20
-"""Number of newest records from which the time left is estimated."""
+"""Number of the newest records of metrics.jsonl from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
 """A run is quiet if no step ended for QUIET_FACTOR step times or QUIET_LEAST seconds, whichever is longer."""
 

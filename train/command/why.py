@@ -83,7 +83,7 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Returns all ranks' traces; empty if no rank is alive here."""
+    """Returns the recorded communication of all ranks; empty if no rank is alive on this machine."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 

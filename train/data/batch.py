@@ -118,7 +118,7 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
 
 
 def _check_documents(batch: Batch) -> None:
-    """Raise UserError unless sequences number contiguous samples 0, 1, 2, ..."""
+    """Raise UserError unless the samples of every sequence are contiguous and have the indices 0, 1, 2, ..."""
     documents_BS = batch.documents_BS
     if documents_BS is None or batch.supervised_BS is None:
         return

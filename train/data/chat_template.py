@@ -2,10 +2,10 @@
 
 A Jinja template runs in Jinja's sandbox with the settings of transformers. If it marks the assistant's turns ({%
 generation %}), the marked text is learnt. Otherwise a second rendering replaces each content by a character that no
-text contains. The text around this character shows the turn.
+text contains. The text around this character shows where the turn begins and ends.
 
 - The template gets reasoning in the field `reasoning_content`, or in the content if it does not know this field.
-- A message that the template drops is an error. For dropped reasoning, data.reasoning decides.
+- A message that the template drops is an error. data.reasoning says what to do about dropped reasoning.
 - Without a stop token after a turn, the first token of the next message is the stop token, as in GLM-4.6.
 """
 
@@ -35,11 +35,11 @@ PLAIN = "plain"
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 GIVEN = ("messages", "tools", "add_generation_prompt")
-"""Variables that this file sets. The user must not set them."""
+"""Template variables that this file sets. The user must not set them."""
 PROBED_ANSWER = "an answer"
 PROBED_QUESTION = {"role": "user", "content": "a question"}
 PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
-"""A chat for probing: a question and an answer."""
+"""A chat with a question and an answer, with which templates are tested."""
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
@@ -141,7 +141,7 @@ class ChatTemplate:
 
     @property
     def files(self) -> dict[str, str]:
-        """Texts of the template's files; empty for a function."""
+        """Texts of the template's files; empty if the template is a Python function."""
         return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
@@ -295,7 +295,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether `content` occurs in the text at least as often as it is a message's content in the chat."""
+        """Whether the text contains `content` at least as often as the chat has messages with this content."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -368,8 +368,8 @@ class ChatTemplate:
         """Returns the number of characters between the generation prompt and a turn's content, and the text after the
         content.
 
-        probed: the chat with probe characters as contents. piece: the text between the previous and this turn's probe
-        character.
+        probed: the chat with probe characters as contents. piece: the text between the probe characters of the
+        previous turn and of this turn.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
@@ -383,7 +383,7 @@ class ChatTemplate:
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Finds a turn if a probe character as content changes the text around the content.
+        """Finds a turn if the template writes other text around a probe character than around the turn's real content.
 
         The method renders the chat up to the end of this turn. If the complete text `plain` lacks the turn's reasoning,
         the method searches for the turn without reasoning, from the previous turn's end `at` on.
@@ -434,7 +434,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields the forms in which a template may write a content, each with whether the form lacks the reasoning."""
+    """Yields (form, whether it lacks the reasoning) for each form in which a template may write `content`."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]

@@ -226,7 +226,7 @@ class _Builder:
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
-        """Returns the tokenizer of tokenised data, or a new one, and its name."""
+        """Returns the tokenizer of tokenised data, or a newly trained one; and the tokenizer's name."""
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
                 raise UserError(

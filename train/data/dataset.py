@@ -92,7 +92,7 @@ class TrainingData:
         return f"the run reads its training text more than once ({', '.join(often)}): repeated text is less useful than new text; stop when the held-out loss no longer falls"
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Returns the sources whose second epoch begins between `before` and `after`."""
+        """Returns the sources whose second epoch begins between the samples `before` and `after`."""
         then = self.epochs(before)
         return [name for name, times in self.epochs(after).items() if then[name] <= 1 < times]
 

@@ -36,9 +36,9 @@ class StreamMark:
     sample: int = 0
     """Index of the sample."""
     passes: int = 0
-    """Number of completed passes."""
+    """Number of completed passes over the source."""
     document: int = 0
-    """Index, in its pass, of the document with the sample's first token."""
+    """Index of the document with the sample's first token, counted from the start of the pass."""
     skip: int = 0
     """Tokens before the sample's first token in this document."""
     pass_samples: int = 0

@@ -26,7 +26,7 @@ class PreparedData:
     fingerprint: str
     """Hash of everything that determines samples, except seed and seq_len."""
     held_out: dict[str, Any]
-    """Identifies the held-out documents: fraction, rule, and each source's name and content."""
+    """Identifies the held-out documents: fraction, data.hold_out_by, and each source's name and hash."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 ReportProgress = Callable[[str, int, int], None]
-"""Called with the stage's name, the bytes done and all bytes."""
+"""Called with the stage's name, the number of bytes done, and the total number of bytes."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -22,7 +22,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def show_progress() -> Iterator[ReportProgress]:
-    """Returns a context that gives a progress callback for `prepare`."""
+    """Returns a context manager that gives a progress callback for `prepare`."""
     with ExitStack() as stack:
         yield _Bar(stack) if sys.stderr.isatty() else _Lines()
 

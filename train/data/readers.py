@@ -87,7 +87,7 @@ def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[st
 
 
 def read_jsonl_records(file: SourceFile, field: str) -> Iterator[tuple[str, str, object]]:
-    """Yields each line's stable id, place for errors, and value."""
+    """Yields (stable id, file and line for error messages, value) of each line."""
     offset = number = 0
     for line in read_lines(file, field):
         number, size = number + 1, len(line)
@@ -121,7 +121,7 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the key of text_key beside `field`: data.text_key for data.path."""
+    """Returns the name of the text_key setting of a source: data.text_key if `field` is data.path."""
     return field.removesuffix("path") + "text_key"
 
 
@@ -222,7 +222,7 @@ def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[
 def read_parquet_records(
     file: SourceFile, field: str, columns: Callable[[list[str]], list[str]]
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Yields each row's stable id, place for errors, and values of chosen columns."""
+    """Yields (stable id, file and row for error messages, values of the chosen columns) of each row."""
     import pyarrow
     import pyarrow.parquet  # takes half a second, so imported only when such a file is read
 

@@ -164,7 +164,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a chat source. way: other settings, as text for the hash."""
+    """Find the files of a chat source. way: the settings that change the tokens, as text for the hash."""
     if source.path.startswith("hf://"):
         rule, cure = (
             "is on the Hugging Face Hub, and chats must be files",
@@ -374,12 +374,12 @@ def _raise(error: OSError) -> None:
 
 
 def content_id(place: str, content: str) -> str:
-    """Returns a stable id: the document's place, and its content's hash."""
+    """Returns a stable id: the document's path (with its line or row), and the hash of its content."""
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Returns the place in a stable id: path, with line or row."""
+    """Returns the document's path (with its line or row) from its stable id."""
     return name.partition("\0")[0]
 
 
@@ -422,7 +422,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 
 
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
-    """Returns a file's hash. progress: called with the number of bytes read. done: number of bytes read before."""
+    """Returns a file's hash. Calls `progress` with the bytes read so far, including `done` (bytes of earlier files)."""
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:

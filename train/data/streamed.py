@@ -23,7 +23,7 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of stored marks: more than batches that are built in advance."""
+"""Number of stored marks. It exceeds the number of batches that are built in advance."""
 
 
 class StreamedData:

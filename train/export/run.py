@@ -1,7 +1,7 @@
 """mode=export: writes a checkpoint of any layout as a folder for Hugging Face's classes (train/hf/families.py).
 
-An adapter becomes a folder for PEFT. With export.merge=true, it is added to its base. A few million elements are
-converted at a time. The target folder appears only when it is complete.
+An adapter becomes a folder for PEFT. With export.merge=true, the export adds the adapter to its base weights. A few
+million elements are converted at a time. The target folder appears only when it is complete.
 """
 
 import math
@@ -286,7 +286,7 @@ class ExportSlice:
         return self.written.placed.start + self.first
 
     def of(self, span: Shard) -> Tensor:
-        """Returns the slice's values. span: a Sluice interval that contains it."""
+        """Returns the slice's values. span: a Sluice interval that contains the slice."""
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
@@ -312,7 +312,7 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """Reads these slices, as one interval of each Sluice tensor."""
+    """Reads one interval of each Sluice tensor, which contains all these slices of it."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:

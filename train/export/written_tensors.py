@@ -40,7 +40,7 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file in pieces. At its end, the context asserts that the file is complete."""
+    """Writes one safetensors file in pieces. On exit, the context manager asserts that the file is complete."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}

@@ -18,17 +18,17 @@ from train.hf.tensor_names import PlacedTensor, tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix that adapter folders put before the base's tensor names."""
+"""Prefix that adapter folders put before the base model's tensor names."""
 BASE_MARK = "base_mark"
-"""Metadata key: a hash of two rows of the base."""
+"""Metadata key: a hash of the base model's norm weight and first embedding."""
 BASE_WEIGHTS = "base_weights"
-"""Metadata key: fingerprint of the base (train/checkpoint/weights_mark.py). May be missing."""
+"""Metadata key: fingerprint of the adapter's base weights (train/checkpoint/weights_mark.py). May be missing."""
 BASE_FORMAT = "base_format"
-"""Metadata key: the base's storage format in training (adapter.base)."""
+"""Metadata key: storage format of the adapter's base weights in training (adapter.base)."""
 
 
 class AdaptedTensor(NamedTuple):
-    """A matrix in the base's folder, with LoRA A and B."""
+    """A matrix of the base model, with its LoRA A and B."""
 
     base: PlacedTensor
     a: PlacedTensor

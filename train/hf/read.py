@@ -31,13 +31,17 @@ class ShardPart:
     start: int
     """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """Slice of the shard's memory that gets the part. An MTP module's copy is only compared with this slice."""
+    """Slice of the shard's memory that gets the part.
+
+    If the tensor is an MTP module's copy of embedding or head, it is only compared with this slice.
+    """
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
     """Fill every wanted shard with the folder's values, in the shard's dtype. Returns the number of bytes read.
 
-    Raises UserError for a value that is not finite, a scale that is not above 0, or an MTP module's wrong copy.
+    Raises UserError for a value that is not finite, a scale that is not above 0, or a copy in an MTP module that
+    differs from the original.
     """
     reader = _Reader(folder)
     originals = parts_of([each for each in placed if not each.copy], wanted)
@@ -92,7 +96,7 @@ class _Reader:
         self.folder, self.bytes = folder, 0
 
     def values(self, parts: list[ShardPart]) -> Iterable[tuple[ShardPart, int, Tensor]]:
-        """Yield (part, index in its target, values), a few rows at a time."""
+        """Yield (part, index in the part's target, values), a few rows at a time."""
         by_file: dict[str, list[ShardPart]] = {}
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)

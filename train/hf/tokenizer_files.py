@@ -51,7 +51,7 @@ def _meaning(text: str) -> tuple[Any, ...]:
 
 
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
-    """Return a run's tokenizer with all its files. source: original folder, for missing files."""
+    """Return a run's tokenizer with all its files. source: original folder, with files that the run lacks."""
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
         return tokenizer.with_files(kept)

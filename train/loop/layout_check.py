@@ -8,7 +8,7 @@ from conf.schema import Config
 
 
 def check_layout(config: Config) -> None:
-    """Raise UserError if the layout breaks a rule about several fields."""
+    """Raise UserError if several settings of the layout do not fit together."""
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers, parallel.virtual_stages)

@@ -112,7 +112,7 @@ class LiveRun:
 
     @contextmanager
     def beside(self, phase: str) -> Iterator[None]:
-        """Returns a context for work outside of steps."""
+        """Returns a context manager for work outside of steps."""
         self.enter(phase)
         yield
         self.enter("record")

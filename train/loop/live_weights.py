@@ -135,12 +135,12 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """Returns the intersection as an interval of Sluice's tensor."""
+    """Returns the intersection of `part` and `shard`, as an interval of Sluice's tensor."""
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 
 def _fill(target: Tensor, part: PlacedTensor, shard: Shard | None) -> None:
-    """Copy the elements that this rank holds into `target`."""
+    """Copy this rank's elements into `target`."""
     first, end = (0, 0) if shard is None else _overlap(part, shard)
     if shard is not None and first < end:
         target[first - part.start : end - part.start] = shard.local[first - shard.offset : end - shard.offset]

@@ -42,7 +42,7 @@ class MeasuredStep:
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """How the run must stop. If ranks were asked to stop in different ways, a checkpoint on disk has priority."""
+    """How the run must stop. If ranks were asked to stop in different ways, saving to disk has priority."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int

@@ -29,7 +29,7 @@ class RankRecorder:
     recorder: CommRecorder | None = None
 
     def name_groups(self, mesh: Mesh) -> None:
-        """Name process groups in later records by the fields of `mesh`."""
+        """Use the field names of `mesh` as names of the process groups in later records."""
         if self.recorder is None:
             return
         labels = defaultdict[ProcessGroup, list[str]](list)
@@ -60,7 +60,7 @@ class RankRecorder:
 
 @contextmanager
 def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
-    """Returns a context that records communication in this rank's ring buffer."""
+    """Returns a context manager that records communication in this rank's ring buffer."""
     try:
         ring = CommRing(ring_path(logs, place.rank), place.rank, place.world)
     except OSError as error:

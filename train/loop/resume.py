@@ -91,7 +91,7 @@ def restore(
     skip: set[Path] = set()
     begun = (
         _start(config, data.tokenizer, state) if config.adapter.on and config.init_from else []
-    )  # checkpoints do not contain the base
+    )  # checkpoints do not contain the base weights
     notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)

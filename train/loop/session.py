@@ -61,8 +61,8 @@ class SessionFailed(RuntimeError):
 def session(config: Config) -> "Iterator[Session]":
     """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
 
-    At its end, the context waits until all ranks have ended. Raises UserError for refused settings, and SessionFailed
-    if a rank fails.
+    On exit, the context manager waits until all ranks have ended. Raises UserError for refused settings, and
+    SessionFailed if a rank fails.
     """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER

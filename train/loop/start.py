@@ -61,7 +61,7 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """Returns a note if the pretraining used another optimizer."""
+    """Returns a note if the pretraining used another optimizer than this run."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}
     known = pretrained_with(body.get("text_config") or body)
@@ -87,7 +87,7 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's weights, or its part of an adapter's base."""
+    """Fill this rank's weights; in an adapter's run, its base weights."""
     from train.checkpoint.weights_mark import WeightsMark  # this imports torch
 
     mark = WeightsMark()

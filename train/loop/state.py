@@ -2,14 +2,14 @@
 
     master.*                            fp32 weights
     STATE.*                             state of the optimizer, by its names (conf/optimizers.py)
-    bias.LAYER                          balance biases; in an adapter's run, they belong to the base
+    bias.LAYER                          balance biases; in an adapter's run, they belong to the base weights
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
     ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
 The meta contains the other state:
 - step, samples (the data position), updates
 - the family of the Hugging Face folder that the run started from
-- in an adapter's run: a description of the base (train/checkpoint/trained_with.py)
+- in an adapter's run: a description of the base weights (train/checkpoint/trained_with.py)
 - in a CPU run: whether the run uses compiled matmuls
 
 Only initial weights use random numbers, so no generator state is stored.
@@ -51,7 +51,7 @@ class RunState:
         self._trains_adapter = config.adapter.on
         self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
-        """Description of an adapter's base, set when the base is loaded."""
+        """Description of the adapter's base weights, set when they are loaded."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -101,7 +101,10 @@ class RunState:
         return shards | biases | self._loads()
 
     def wanted_of_start(self) -> dict[str, Shard]:
-        """Returns the shards to read at a start: weights or base, and balance biases."""
+        """Returns the shards to read at a start: weights and balance biases.
+
+        In an adapter's run, the weights are the base weights, except those stored as FP8 blocks.
+        """
         if not self._trains_adapter:
             return {
                 name: shard
@@ -114,16 +117,19 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns this rank's shards of the base and the balance biases. Each element is in one rank's shards only."""
+        """Returns this rank's shards of the adapter's base weights and of the balance biases.
+
+        Each element is in one rank's shards only.
+        """
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's initial weights, or its part of an adapter's base, and the balance biases.
+        """Fill this rank's initial weights (in an adapter's run: its base weights) and the balance biases.
 
-        fill: reads shards. mark: computes the fingerprint of an adapter's base.
+        fill: reads shards. mark: computes the fingerprint of the base weights.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())

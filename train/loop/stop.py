@@ -23,7 +23,7 @@ class StopKind(Enum):
 
 
 class StopRequest:
-    """Remembers the first stop signal; a checkpoint on disk has priority."""
+    """Remembers how the run was asked to stop. SIGTERM and Ctrl-C replace an earlier SIGUSR2."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

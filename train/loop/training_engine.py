@@ -105,7 +105,7 @@ class Engine:
         self._mean_micro_batches = 0.0
         """Losses are divided by this number: the mean number of micro-batches per data-parallel rank."""
         self._open: ExitStack | None = None
-        """Contexts of an open step; otherwise None."""
+        """Exit stack with the context managers of an open step; None if no step is open."""
         self._is_reduced = False
         """Whether the step's gradients are reduced, ready for `update` or `discard`."""
         self._moves_biases = True
@@ -250,7 +250,7 @@ class Engine:
         Collective: every rank must read all tensors, and gets the same tensors. A tensor is valid until the caller
         reads the next one. Balance biases are included, in fp32.
 
-        - merged: add the adapter to the base; otherwise yield only the adapter, under PEFT's names
+        - merged: add the adapter to the base weights; otherwise yield only the adapter, under PEFT's names
         - stacked: yield a layer's experts as one tensor
         - dtype: None for the recipe's dtype
         """
@@ -340,7 +340,7 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """Returns a context for one `forward_backward`. An error ends the step."""
+        """Returns a context manager for one `forward_backward`. An error ends the step."""
         if self._is_reduced:
             rule = "was called after the last call of a step, without update or discard"
             raise UserError(
@@ -363,7 +363,7 @@ class Engine:
             self._open = step.pop_all()
 
     def _close(self) -> None:
-        """Reduce the gradients and end the contexts of the step."""
+        """Reduce the gradients and exit the step's context managers."""
         assert self._open is not None
         opened, self._open = self._open, None
         opened.close()
@@ -576,9 +576,9 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _counting(batch: Batch) -> Tensor:
-    """Returns whether the loss depends on a position's replayed experts and keys: bool (B, T).
+    """Returns a mask, bool (B, T): whether the loss depends on the replayed experts and keys of a position.
 
-    It does not for padding and, with supervised tokens, for the last position of a sample.
+    It is False for padding. With supervised tokens, it is also False for the last position of a sample.
     """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
@@ -593,4 +593,4 @@ def _completed(batch: Batch) -> Batch:
 
 
 def _nothing(chunk: int) -> None:
-    """A no-op that replaces the gradient reduction in all calls of a step except the last."""
+    """A no-op that replaces the gradient reduction in a step's calls of `forward_backward`, except in the last call."""
