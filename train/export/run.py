@@ -22,7 +22,7 @@ from conf.own_code import TARGET
 from conf.schema import BaseFormat, Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
-from train.checkpoint.manifest import Manifest, read_manifest
+from train.checkpoint.manifest import read_manifest
 from train.checkpoint.read_shards import TORCH
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.stored_weights import StoredWeights
@@ -81,14 +81,14 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     if ema and not manifest.meta["has_ema"]:
         raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "omit export.ema")
     tokenizer = tokenizer_of(config, manifest)
-    family = config.export.family or _own_family(config, manifest)
+    family = family_of(config, ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3)))
     stored = StoredWeights(config, checkpoint, "ema" if ema else "master")
     if config.export.merge and stored.lora is None:
         rule = f"merges an adapter into its base, and {checkpoint} has whole weights"
         raise UserError("export.merge", True, rule, "omit it, or name an adapter: adapter.path=FOLDER")
     adapted = stored.lora.adapted if stored.lora is not None and not config.export.merge else []
     alone = bool(adapted)
-    _check_family(config, family, alone)
+    check_family(config, family, alone)
     placed = [part for one in adapted for part in (one.a, one.b)] or list(tensors(config.model, family))
     rest = left_out(manifest, placed, ema)
     files = plan_files(placed, config.export.dtype, SHARD_BYTES, FAMILIES[family].stem)
@@ -153,13 +153,17 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"bos_token_id": own if bos is None else bos, "eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
-def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
-    """Returns the family of the folder that the run started from; DeepSeek-V3.2 if it added indexers."""
-    family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
-    return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family
+def family_of(config: Config, started: ModelFamily) -> ModelFamily:
+    """Returns export.family, or by default the family `started` of the folder that the run started from. If the run
+    added indexers to dense attention, the default is DeepSeek-V3.2, or GLM-5 if only GLM-5 has such indexers."""
+    sparse, own = config.model.sparse, started
+    if sparse.heads and not FAMILIES[started].is_sparse:
+        as_glm = sparse.interleaved or "S" in sparse.pattern
+        own = ModelFamily.glm_moe_dsa if as_glm else ModelFamily.deepseek_v32
+    return config.export.family or own
 
 
-def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
+def check_family(config: Config, family: ModelFamily, alone: bool) -> None:
     """Raise UserError if the model cannot be exported in this family. alone: whether only the adapter is exported."""
     facts, model = FAMILIES[family], config.model
     is_sparse = model.sparse.heads > 0

@@ -1,6 +1,7 @@
 """checkpoint.weights_every: complete folders while the run trains, and a link to the newest folder that is never
 broken."""
 
+import json
 import os
 
 import pytest
@@ -46,3 +47,15 @@ def test_what_cannot_be_published_is_refused(words, rule):
     with pytest.raises(UserError, match=rule) as error:
         compose("conf=tiny", *words)
     assert error.value.field == "checkpoint.weights_every"
+
+
+def test_a_family_that_cannot_describe_the_model_is_refused_before_the_first_step(tmp_path):
+    sparse = ["model.sparse.heads=2", "model.sparse.head_dim=12", "model.sparse.pattern=FSFS", "log.progress=false"]
+    words = [*sparse, "log.sample_tokens=0", "checkpoint.weights_every=2", "steps=2"]
+    config = compose(*arguments(tmp_path, "name=wrong", *words, "export.family=deepseek_v32"))
+    with pytest.raises(AssertionError, match="needs an indexer in every layer"):
+        train_on(config, 1)
+    assert not list((tmp_path / "runs" / "wrong" / "checkpoints").glob("step_*"))
+    train_on(compose(*arguments(tmp_path, "name=own", *words)), 1)
+    body = json.loads((tmp_path / "runs" / "own" / "weights" / "newest" / "config.json").read_text())
+    assert body["architectures"] == ["GlmMoeDsaForCausalLM"] and body["indexer_types"] == ["full", "shared"] * 2

@@ -16,7 +16,7 @@ from cluster.run_files import STEP_FOLDERS, step_name
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.data.prepare_progress import silent
-from train.export.run import write_export
+from train.export.run import check_family, family_of, write_export
 from train.loop.live_run import LiveRun
 
 WEIGHTS_FOLDER, NEWEST = "weights", "newest"
@@ -29,6 +29,10 @@ class PublishedWeights:
 
     Rank 0 writes the folder. Other ranks wait for rank 0 in the next step.
     """
+
+    def on_start(self, run: LiveRun) -> None:
+        if run.config.checkpoint.weights_every:
+            check_family(run.config, family_of(run.config, run.state.family), alone=run.config.adapter.on)
 
     def on_save(self, run: LiveRun, step: int) -> None:
         every = run.config.checkpoint.weights_every
