@@ -48,7 +48,7 @@ GROUP_METHODS = {
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds of operations that send and receive the same tensor."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""Parts of the paths of installed packages, Python's library and this file, which are never callers."""
+"""Code whose file path contains one of these texts is never a caller: packages, Python's library and this file."""
 
 
 class CommLog(Protocol):
@@ -160,7 +160,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the log's number for the innermost line of Sluice's or user code."""
+        """Return the log's number for the innermost running line of Sluice's or the user's code."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
@@ -192,7 +192,7 @@ def _first(tensors: Any) -> Any:
 
 
 def _count(tensors: Any) -> int:
-    """Return the number of elements of one tensor or a list."""
+    """Return the number of elements of one tensor or of a list of tensors."""
     if isinstance(tensors, Tensor):
         return tensors.numel()
     return sum(map(_count, tensors)) if isinstance(tensors, list | tuple) else 0

@@ -40,11 +40,11 @@ class Layout(RankCounts):
         return rank % self.stage_ranks
 
     def dp_rank(self, rank: int) -> int:
-        """Return the index of the rank's part of the batch."""
+        """Return the rank's data-parallel index: which part of the batch the rank reads."""
         return self.stage_rank(rank) // self.cp
 
     def cp_rank(self, rank: int) -> int:
-        """Return the index of the rank's part of each sequence."""
+        """Return the rank's context-parallel index: which part of each sequence the rank reads."""
         return rank % self.cp
 
     def ep_rank(self, rank: int) -> int:

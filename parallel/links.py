@@ -1,8 +1,8 @@
 """Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
 Each rank exchanges data with its neighbours on the node, then with the ranks at the same position on neighbouring
-nodes, one rank at a time. The received bytes are checked. All links of a kind run at once, as in a step. Then the run's
-groups run an all-reduce and an all-to-all.
+nodes, with one rank at a time. The received bytes are checked. All links of a kind run at once, as in a step. Then
+the run's groups run an all-reduce and an all-to-all.
 """
 
 import socket
@@ -27,7 +27,7 @@ LINK_ROUNDS = 5
 LINK_PATIENCE = 60.0
 """Maximum seconds of an exchange, including the opening of a connection."""
 SLOW_LINK = 0.5
-"""A link is slow below this fraction of the expected rate, or of the median of its kind."""
+"""A link is slow below this fraction of the expected rate, or of the median rate of all links of the same kind."""
 NAMED_LINKS = 5
 """Maximum number of slow links that are named, not only counted."""
 
@@ -42,7 +42,7 @@ class LinkRate:
     """Kind of link or group: inside (a node), across (nodes), all-reduce, all-to-all."""
     ranks: tuple[int, ...]
     bytes_per_second: float
-    """Rate of each rank in one direction."""
+    """Bytes per second of each rank in one direction."""
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
@@ -127,7 +127,7 @@ def is_other(came: Tensor, expected: int) -> bool:
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:
-    """Return notes for the user: rates compared with the hardware file, and the ends of slow links."""
+    """Return notes for the user: rates compared with the hardware file, and the ranks at both ends of slow links."""
     said, slow = [], []
     for kind in dict.fromkeys(one.kind for one in found):
         rates = sorted(one.bytes_per_second for one in found if one.kind == kind)

@@ -6,7 +6,7 @@ matrix to the owner. The owner computes the update and returns each rank's eleme
 The most expensive matrix gets its owner first: the rank that holds most of it or, if this rank has enough work, the
 rank with the least work. Every rank computes the same owners.
 
-Matrices are sent in packs, which bounds memory:
+Packs of several matrices are sent one after another, which bounds memory:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 """
@@ -35,12 +35,12 @@ class SharedMatrix(NamedTuple):
     """Position of the weight among the weights of its flat shard."""
     width: int
     held: Sequence[range]
-    """For each rank: its elements of the flattened weight."""
+    """For each rank: the interval of the flattened weight that the rank holds."""
     place: WeightPiece
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return a rank's part as at most three rectangles."""
+        """Return the elements of the matrix that a rank holds, as at most three rectangles."""
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -72,7 +72,7 @@ class MatrixPack:
 
     numbers: list[int]
     sent: list[int]
-    """Elements of this pack that this rank sends to each owner."""
+    """Number of elements of this pack that this rank sends to each owner."""
     received: list[int]
 
 
@@ -102,9 +102,9 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-        read: returns a view of this rank's part, from a weight's index and a rectangle
-        compute: returns results of the same shapes, from the indices of matrices and the matrices
-        write: stores a result, given the indices of a matrix and its weight, a rectangle, and its values
+        read: gets a weight's index and a rectangle; returns a view of this rank's elements in the rectangle
+        compute: gets indices of matrices, and the matrices; returns results of the same shapes
+        write: gets a matrix's index, its weight's index, a rectangle, and the results in the rectangle; stores them
         like: tensor with the dtype and device of all sent elements
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
@@ -126,7 +126,10 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the indices of each pack's matrices, equal shapes together if possible. most: elements per owner."""
+        """Yield the indices of each pack's matrices, equal shapes together if possible.
+
+        most: maximum number of elements per owner in a pack.
+        """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [
             sorted((n for n, owner in enumerate(self.owners) if owner == rank), key=lambda n: (shapes[n], n))
@@ -215,7 +218,7 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """Yield the parts that `rank` sends to `owner`: the matrix's index and a rectangle."""
+        """Yield what `rank` sends to `owner`: the index of a matrix, and a rectangle of the matrix's weight."""
         if owner != rank:
             for number in pack.numbers:
                 if self.owners[number] == owner:

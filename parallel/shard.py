@@ -1,10 +1,10 @@
-"""Defines `Shard`, an interval of a flattened logical tensor. All state enters and leaves a rank in this form.
+"""Defines `Shard`, an interval of a flattened logical tensor. Checkpoints and exports use this form.
 
 A logical tensor is a tensor of the model as on a single rank. These classes describe parts of a weight:
 
-    Shard        an interval of a logical tensor, in checkpoints and exports
+    Shard        an interval of a logical tensor
     Fragment     elements of a rank's own parameter that the rank updates, with master and state
-    ShardSlice   position of such elements in the rank's flat shard
+    ShardSlice   position of a parameter's elements in the rank's flat shard
     FlatShard    all weights of one flat parameter, and which rank holds which elements
     WeightPiece  rows and columns of one weight
 """
@@ -133,7 +133,7 @@ class ShardSlice(NamedTuple):
 
     param: nn.Parameter
     offset: int
-    """Index of the first of these elements in the flattened parameter."""
+    """Index in the flattened parameter of its first element in this rank's shard."""
     place: slice
     """Position of the parameter's elements in this rank's shard."""
 
@@ -153,10 +153,10 @@ class GradientHandover:
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """By weight name: one factor per row, applied after the update."""
     divisor: int = 1
-    """Number of ranks whose gradients are summed in `unreduced`, for the mean."""
+    """Number of ranks over which gradients are averaged. The gradients in `unreduced` must be divided by it."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
-        """Return a flat parameter's gradient as parts, and the factor that the caller must apply (None: none)."""
+        """Return a flat parameter's gradient as adjacent 1-D tensors, and the factor to apply (None: no factor)."""
         if param not in self.unreduced:
             return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:

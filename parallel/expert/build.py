@@ -1,4 +1,4 @@
-"""The table of dispatchers: their classes, and the classes for a rank that runs alone.
+"""Builds the dispatcher that parallel.dispatch names, for a run or for a rank that runs alone.
 
 conf/dispatches.py lists the layouts that a dispatch requires.
 """
@@ -38,8 +38,9 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: creates the dispatcher of a run. stand_in: creates it for a rank that runs alone, from group, wire and
-    load.
+    """The two functions that build a kind of dispatcher.
+
+    build: for a run. stand_in: for a rank that runs alone, from group, wire and load.
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -56,9 +57,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire with this name: bf16 (the activation dtype, even fp32) or fp8.
+    """Return the wire with this name: bf16 (sends the activation dtype, which may be fp32) or fp8.
 
-    quantized: whether experts compute with FP8 rows as received.
+    quantized: whether experts compute in FP8, so that received rows are not decoded.
     """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 

@@ -5,10 +5,10 @@ A dispatcher sends each token to the ranks of its experts (dispatch) and returns
 (parallel/expert/permute.py) copy the rows before each hop, and sort the received rows by expert after the last hop.
 Training uses dispatch and combine twice each (paper 3.3.3):
 
-    dispatch forward     out,  in the wire format   x and gates -> rows and their gates
-    dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
-    combine forward      back, activation dtype     expert outputs -> y
-    combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (known routes)
+    dispatch forward     to experts, in the wire format    x and gates -> rows and their gates
+    dispatch backward    to tokens, activation dtype       gradients of rows and gates -> gradients of x and gates
+    combine forward      to tokens, activation dtype       expert outputs -> y
+    combine backward     to experts, in the wire format    gradient of y -> gradient of expert outputs (known routes)
 
 Each use has two halves:
 
@@ -125,7 +125,7 @@ class ExchangeDispatcher(ABC):
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange, so that an overlapped pass can compute meanwhile."""
+        """Called before each wait for an exchange, so that the other of two overlapped passes can compute."""
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
@@ -199,7 +199,7 @@ class ExchangeDispatcher(ABC):
 
 
 class ChainDispatcher(ExchangeDispatcher):
-    """A dispatcher over one or two hops. Subclasses define how a row is copied and where a message has its gates.
+    """A dispatcher over one or two hops. Subclasses define how a row is copied and where a message contains gates.
 
     links: one link per hop, in dispatch order. Gates and their gradients follow each row as 32-bit words.
     """
@@ -282,7 +282,7 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return one hop's messages back, int32: encoded sums of rows, then gradients of gates if any."""
+        """Return the messages of one hop to the tokens' ranks, int32: sums of rows, then gradients of gates if any."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)
@@ -313,7 +313,7 @@ def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ExchangeFlight:
-    """State that both halves of a dispatch or combine use."""
+    """The data that both halves of a dispatch or combine use."""
 
     dispatcher: ExchangeDispatcher
     plan: DispatchPlan

@@ -63,8 +63,8 @@ class NodeLimitedDispatcher(ChainDispatcher):
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
         """Exchange the counts of both hops.
 
-        outer_NX: for each node, the numbers of this rank's tokens for the node, each of its ranks, and each expert
-        there. Returns:
+        outer_NX: one row per node: the number of this rank's tokens for the node, then for each of its ranks, then for
+        each of its experts. Returns:
 
         - on the host, per hop: messages to and from each peer, and rows
         - on the device: rows per local expert

@@ -56,7 +56,7 @@ def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
 
 
 def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
-    """Return `fan_out_of` for targets of one expert, and each copy's index in the flattened ids_SK, int64 (C,)."""
+    """Return the FanOut to targets with one expert each, and each copy's index in the flattened ids_SK, int64 (C,)."""
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
         *fan, entry_C = triton_dispatch().place_hits(ids_SK, *wanted, copies)

@@ -36,13 +36,13 @@ class Group:
     experts: int
     top_k: int
     groups: int
-    """Expert groups; a token's experts are in top_groups of them."""
+    """Number of expert groups. A token's experts are in top_groups of them."""
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return the mean number of units that hold at least one of a token's experts.
+        """Return the mean number of nodes (or ranks) that hold at least one of a token's experts.
 
-        units: number of equal ranges of experts, such as nodes.
+        units: number of all nodes (or ranks). Each holds equally many consecutive experts.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
@@ -71,11 +71,11 @@ class Load:
     """Number of tokens from all ranks for each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """Rows of each expert of this rank / tokens of this rank."""
+    """For each expert of this rank: its number of rows / number of tokens of this rank."""
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Return equal loads for all experts of this rank. factor: this rank's rows / mean rows."""
+        """Return equal loads for all experts of this rank. factor: this rank's rows / mean rows of all ranks."""
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
@@ -226,7 +226,7 @@ class _Buffer:
         return received, ids_MK, _cycle(topk_weights, messages), counts, tokens, None
 
     def combine(self, x_MD: Tensor, handle: int, topk_weights: Tensor | None = None):
-        """Return the rows that come back. handle: number of this rank's tokens."""
+        """Return one row for each token of this rank, copied from x_MD. handle: number of these tokens."""
         return _cycle(x_MD, handle), None if topk_weights is None else _cycle(topk_weights, handle), None
 
 

@@ -95,7 +95,10 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """Sum the copies of every source. each: copies per source; 0 if start_ptr has each source's start."""
+    """Sum the copies of every source.
+
+    each: number of copies per source; 0 if it varies. Then start_ptr has each source's start.
+    """
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each

@@ -43,20 +43,20 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """Convert FP8 values to fp32; on a CPU by a table, five times as fast as torch."""
+    """Convert FP8 values to fp32. On a CPU, a lookup table is five times as fast as torch."""
     if q_RD.is_cuda:
         return q_RD.float()
     return _E4M3.to(q_RD.device).index_select(0, q_RD.view(torch.uint8).flatten().int()).view(q_RD.shape)
 
 
 class QuantizedRows(Tensor):
-    """Rows (R, D) as FP8 values with scales; bf16 holds their product exactly.
+    """Rows (R, D) as FP8 values with scales; bf16 represents each value times its scale exactly.
 
     q_RD: float8_e4m3fn; the rows may be strided
     scale_RS: fp32 powers of two
     floor: lower bound of a tile's amax for its scale
-    dtype: of the dequantized values
-    widen: converts q_RD to fp32
+    dtype: dtype of the dequantized values
+    widen: function that converts q_RD to fp32
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of a tile's amax (largest magnitude); the values of a gradient may all be far below 1e-4."""
+"""Lower bounds of a tile's amax (largest magnitude). All values of a gradient may be far below 1e-4."""
 
 
 class Wire(Protocol):
@@ -118,7 +118,10 @@ class Wire(Protocol):
         """Return the bytes of a row with `width` channels, a multiple of 4."""
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
-        """Encode rows as bytes, uint8 (R, B)."""
+        """Encode rows as bytes, uint8 (R, B).
+
+        gradient: whether the rows are gradients, whose amax has a smaller lower bound.
+        """
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
         """Decode to rows (R, width) of `dtype`. gradient: as in `encode`."""

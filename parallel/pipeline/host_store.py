@@ -3,11 +3,12 @@
 When the forward of a part of the model ends, its saved activations are copied to the host as one batch. Backward reads
 the batches in reverse order:
 
-    out     The copy starts at once. The batch's device memory is freed when the same pipeline action sends another
-            batch. The last batch of an action is freed when the next action ends, so a backward that follows at once
-            needs no copy back.
-    back    The newest batch of a micro-batch is copied back during the action before this micro-batch's backward. When
-            backward reads a batch, the copy of the previous batch starts. So two batches are on the device at a time.
+    to the host      The copy starts at once. The batch's device memory is freed when the same pipeline action sends
+                     another batch. The last batch of an action is freed when the next action ends, so a backward that
+                     follows at once needs no copy to the device.
+    to the device    The newest batch of a micro-batch is copied during the action before this micro-batch's backward.
+                     When backward reads a batch, the copy of the previous batch starts. So two batches are on the
+                     device at a time.
 
 Each direction has its own stream. Events order copies and compute, so the host never waits. Memory is freed only after
 the compute stream has waited for the copy of this memory.
@@ -38,7 +39,10 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Return the bytes of a batch's pages. sizes: bytes of each tensor. kind: device type, such as cuda."""
+    """Return the number of bytes that a batch's pages take.
+
+    sizes: number of bytes of each tensor. kind: device type, such as cuda.
+    """
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
 
@@ -50,7 +54,7 @@ def _size_of_page(kind: str) -> int:
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
     """Return (stage, micro-batch) of the activations that this action is the first to read.
 
-    one_piece: stages whose backward cannot be split into inputs and weights.
+    one_piece: stages whose backward cannot be split into a backward of inputs and a backward of weights.
     """
     return [
         (part.stage, part.micro_batch)
@@ -116,7 +120,10 @@ class HostStore:
                 batch.wait()
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat tensors of bytes) to the host. Each result's `fetched` returns its storage."""
+        """Start to copy storages (flat tensors of bytes) to the host.
+
+        Returns one object per storage. The object's `fetched` returns the storage on the device.
+        """
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
         before = [] if self._current is None else self._batches[self._current]
@@ -134,7 +141,7 @@ class HostStore:
         return batch.held
 
     def read(self, batch: "_Batch") -> None:
-        """Make later compute wait for this batch on the device. Start to copy back the previous batch."""
+        """Make later compute wait until this batch is on the device. Start to copy back the previous batch."""
         self._fetch(batch)
         batch.wait()
         before, batch.before = batch.before, None
@@ -296,7 +303,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """For each storage, yield its parts and their places in the pages. The storages follow one another."""
+    """For each storage, yield where its bytes are in the pages. The storages follow one another in the pages."""
     at = 0
     for size in sizes:
         places, begin = [], 0

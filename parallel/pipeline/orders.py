@@ -34,7 +34,7 @@ class TorchOrder:
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """Returns a rank's order from rank, pp and micro_batches; None if the torch class reports it."""
+    """Function of rank, pp and micro_batches that returns the rank's actions; None if the torch class reports them."""
 
     @property
     def is_multi(self) -> bool:

@@ -24,7 +24,7 @@ The ranks cannot deadlock, because all ranks of a group issue its collectives in
     - A lane passes the baton only at a yield point or at its end, never after some time.
     - Yield points depend on the stage's layers, never on data: a dispatcher yields even without rows.
     - Collectives of ranks that share sequences have no yield point: a lane issues and awaits them in one turn.
-    - Pipeline sends and receives are never inside a pair.
+    - Pipeline sends and receives never occur while two passes take turns.
 """
 
 import queue

@@ -55,7 +55,7 @@ class Pipeline(Generic[Chunk]):
             tokens_BS for stage 0, and hidden states (B, T, D) for other stages
         group: ranks of this pipeline in order; None for all ranks
         hidden, dtype: width D and dtype of the hidden states
-        cp: ranks that share each sequence; T = (S - 1) / cp
+        cp: number of ranks that share each sequence; T = (S - 1) / cp
         overlap: whether the passes of a pair take turns (overlap.py)
         timeout: maximum seconds that one pass of a pair waits for the other
         host: store of the chunks' activations; every action is reported to it
@@ -74,7 +74,7 @@ class Pipeline(Generic[Chunk]):
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
         """Called with a chunk's index when its gradients are complete, except for the rank's last chunk."""
         self._left: dict[int, int] = {}
-        """For each stage: backward passes that this step has not completed."""
+        """For each stage: number of backward passes that this step has not completed."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
@@ -275,7 +275,7 @@ class Pipeline(Generic[Chunk]):
             self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
-        """Return an example of the tensor before stage `boundary`: tokens, hidden states or, last, the loss."""
+        """Return an example of stage `boundary`'s input. After the last stage, the example is the loss."""
         if boundary == 0:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
         if boundary == self.num_stages:

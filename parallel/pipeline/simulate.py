@@ -39,7 +39,7 @@ def what_runs(action: Action, one_piece: bool) -> str:
     """Return what torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
     one_piece: whether the stage's backward cannot be split into I and W. If so, torch runs B at I and nothing at W.
-    Otherwise, torch runs nothing at I and B at W in the first stage.
+    If the first stage's backward can be split, torch runs nothing at I, and B at W.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -67,7 +67,7 @@ def simulate(actions: list[list[Action]], duration: Callable[[Action], float], t
 
 
 class Program:
-    """All actions of all ranks, each after the actions that it needs. One program runs with many durations."""
+    """All actions of all ranks, each after the actions that it needs. `run` can simulate them with many durations."""
 
     def __init__(self, actions: list[list[Action]]):
         """Order the actions, one list per rank. Raises AssertionError if ranks would wait for each other."""
@@ -103,8 +103,8 @@ class Program:
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
         """Return a simulation with these durations.
 
-        duration: seconds of an action, whatever its micro-batch; an FB is one action. transfer: seconds until a result
-        reaches another rank.
+        duration: function that returns an action's seconds, which do not depend on its micro-batch; an FB is one
+        action. transfer: seconds until a result reaches another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)

@@ -51,8 +51,8 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
 class Stage(PipelineStage):
     """A torch PipelineStage whose tensor shapes are given in advance.
 
-    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad). acting: context of an action,
-    like `Timeline.action`.
+    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad). acting: returns a context
+    manager for an action, like `Timeline.action`.
     """
 
     def __init__(

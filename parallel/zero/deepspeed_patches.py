@@ -85,7 +85,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip the check of experts at stage 3; `mark_experts` marks their placement."""
+            """Skip DeepSpeed's check, which refuses experts that are not deepspeed.moe.MoE."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:

@@ -142,7 +142,7 @@ class Zero:
         self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return the context for everything between two optimizer steps. At its end, gradients are reduced."""
+        """Return a context manager for everything between two optimizer steps. At its end, gradients are reduced."""
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
@@ -211,9 +211,9 @@ class Zero:
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the untrained weights, by name, with shared memory.
+        """Return this rank's shards of the untrained weights, by name. The shards share memory with the weights.
 
-        For a weight stored as bytes, the shard's offset counts within this rank's local parameter. owned: whether to
+        For a weight stored as bytes, the shard's offset is relative to this rank's local parameter. owned: whether to
         leave out complete weights that an earlier rank holds.
         """
         found: dict[str, Shard] = {}
@@ -228,10 +228,11 @@ class Zero:
         return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of fp32 masters and optimizer state, by logical name, with shared memory.
+        """Return this rank's shards of fp32 masters and optimizer state, by logical name. The shards share memory with
+        the live state.
 
         copies: whether to include a tied parameter that the pipeline's first rank returns too. Loading a checkpoint
-        needs it.
+        needs this parameter.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -263,14 +264,14 @@ class Zero:
     def finish_load(self, updates: int) -> None:
         """Copy the masters to the weights, after a checkpoint has been read into the shards.
 
-        updates: optimizer updates before the checkpoint.
+        updates: number of optimizer updates before the checkpoint.
         """
         self.client.updates = updates
         self._weights.refresh()
 
     def _close(self) -> None:
-        """Pass unreduced gradients, which must be complete, to `local_observer`, and sum the gradients of the tied
-        parameter. Only for ZeRO stages 1 and 2.
+        """Pass unreduced gradients, which must be complete, to `local_observer`, and sum the tied parameter's gradients
+        over the ranks that hold it. Only for ZeRO stages 1 and 2.
         """
         for param in self.names:
             if param.grad is not None:
@@ -303,7 +304,7 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Group weights by update rule and reducing ranks, experts last. Frozen weights have separate groups."""
+    """Group weights by update rule. Frozen weights have separate groups. The groups of experts come last."""
     groups = []
     for is_expert in (False, True):
         kind = {"name": expert_name, "moe": True} if is_expert else {}

@@ -4,9 +4,9 @@ upgrade.
 `require_names` compares the list with the installed version when a rank starts. tests/zero/test_private_names.py
 compares it with the code.
 
-A second list names behaviour of DeepSpeed that Sluice copies, such as the sizes of buffers in a plan. Each row has
-hashes of DeepSpeed's functions. If tests/zero/test_copied_behaviour.py finds another hash, read the function again,
-correct the copy if necessary, and write the new hash here.
+A second list names behaviour of DeepSpeed that Sluice's code imitates, such as the sizes of buffers in a plan. Each
+entry has hashes of DeepSpeed's functions. If tests/zero/test_copied_behaviour.py finds another hash, read the function
+again, correct Sluice's code if necessary, and write the new hash here.
 """
 
 import inspect
@@ -130,7 +130,7 @@ def require_names(**owners: object) -> None:
         param3: a weight at stage 3
         coordinator: gathers the weights at stage 3
 
-    Names of other owners fail at their import or call.
+    A missing name with another `owner` raises an error when Sluice imports or uses it.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
@@ -165,7 +165,7 @@ class CopiedBehaviour(NamedTuple):
     file: str
     """Path of DeepSpeed's file, relative to the package folder."""
     owner: str
-    """DeepSpeed's class of the `functions`; empty at module level."""
+    """DeepSpeed's class that contains the `functions`; empty if the module itself contains them."""
     functions: dict[str, str]
     """For each function: 16 digits of the SHA-256 of its source."""
 

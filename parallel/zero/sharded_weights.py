@@ -53,9 +53,9 @@ class ShardedWeights:
 
     client: Sluice's optimizer, which DeepSpeed's optimizer wraps
     shapes: full shapes of the trained parameters, in module order
-    shares: returns which ranks share a parameter
-    norm: computes the global gradient norm, once per step
-    handing: called with a parameter before its gradient is reduced
+    shares: function that returns the number of ranks that share a parameter, and this rank's index
+    norm: function that computes the global gradient norm, called once per step
+    handing: function that is called with a parameter before its gradient is reduced
     frozen: parameters that get no gradient; DeepSpeed's sums of their gradients stay zero
     """
 
@@ -108,7 +108,7 @@ class ShardedWeights:
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Yield each trained parameter, its unpadded gradient in this rank's shard, and the number by which the caller
-        must divide it."""
+        must divide the gradient."""
         from deepspeed.utils import safe_get_local_grad
 
         for param in self._shapes:
@@ -172,15 +172,18 @@ class ShardedWeights:
             self._coordinator._clean_inflight_param_registry()
 
     def _begin_backward(self, chunk: nn.Module) -> None:
-        """Prepare for the backward of a chunk. A second backward in a row ends the first micro-batch."""
+        """Prepare for the backward of a chunk.
+
+        If the chunk's backward already ran in this micro-batch, a new micro-batch begins.
+        """
         if chunk in self._backward:
             self._end_pass()
             self._in_pass = True
         self._backward.add(chunk)
 
     def _keep_for_freed(self, param: nn.Parameter, gradient: Tensor | None) -> tuple[None] | None:
-        """Store a gradient that arrives while the parameter's memory is freed. torch could not store it, because it
-        copies the parameter's shape.
+        """Store a gradient that arrives while the parameter's memory is freed. torch itself would store the gradient in
+        the shape of the freed parameter.
 
         Returns (None,) if no gradient remains for torch to store, else None.
         """
@@ -191,7 +194,7 @@ class ShardedWeights:
         return (None,)
 
     def _arrived(self, param: nn.Parameter) -> None:
-        """Record a complete gradient. Then pass gradients on in the order of `_order`, up to the first missing one."""
+        """Record a complete gradient. Then pass gradients to DeepSpeed in `_order`, up to the first missing one."""
         if param.grad is None or param in self._shared:
             return
         self._ready.add(param)
@@ -199,7 +202,7 @@ class ShardedWeights:
             self._hand_over(self._order[self._handed])
 
     def _end_pass(self) -> None:
-        """Pass this micro-batch's remaining gradients on, with zeros for missing ones."""
+        """Pass this micro-batch's remaining gradients to DeepSpeed, with zeros for missing ones."""
         for param in self._order[self._handed :]:
             if param.grad is None:
                 _set_zero_gradient(param, self._shapes[param])

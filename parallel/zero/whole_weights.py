@@ -25,11 +25,11 @@ class WholeWeights:
 
     client: Sluice's optimizer, which DeepSpeed's optimizer wraps
     groups: parameters of each optimizer group
-    shares: returns which ranks share a parameter
+    shares: function that returns the number of ranks that share a parameter, and this rank's index
     ranks: number of ranks over which gradients are averaged
-    norm: computes the global gradient norm, once per step
-    close: called before the last gradients are reduced
-    show: called with each parameter whose gradient is reduced early
+    norm: function that computes the global gradient norm, called once per step
+    close: function that is called before the last gradients are reduced
+    show: function that is called with each parameter whose gradient is reduced early
     clip: maximum norm; 0 for no clipping
     """
 
@@ -89,7 +89,7 @@ class WholeWeights:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Return the context for everything between two optimizer steps. At its end, gradients are reduced."""
+        """Return a context manager for everything between two optimizer steps. At its end, gradients are reduced."""
         params = [param for group in self._groups for param in group]
         self._ahead.clear()
         with self._blocks:
@@ -168,8 +168,8 @@ class WholeWeights:
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each parameter in this rank's shard, its unpadded gradient there, and the number by which the caller
-        must divide it."""
+        """Yield each parameter in this rank's shard, the unpadded gradient of its elements there, and the number by
+        which the caller must divide the gradient."""
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
@@ -218,9 +218,9 @@ def _complete(param: nn.Parameter) -> None:
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
-    """Return the parts of a group's parameters in a rank's shard of `size` elements.
+    """Return the positions of a group's parameters in a rank's shard of `size` elements.
 
-    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in the group.
+    In DeepSpeed, all parameters of a group are views of one tensor, so the storage offset is the offset in the group.
     """
     found = []
     for param in params:

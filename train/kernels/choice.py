@@ -1,7 +1,7 @@
 """Chooses the implementation of `Kernels` for a run, and tests the attention cores of a GPU.
 
-cuDNN's attention kernel is the fastest, but fails in some library versions. So a run first tests each core with its own
-heads and length. It uses the first correct core; documents may need another core.
+cuDNN's attention kernel is the fastest, but fails in some library versions. So a run first tests each core with the
+run's heads and length. It uses the first correct core; documents may need another core.
 
 All scores in the test are near -120, which reveals errors such as a running maximum that starts at 0.
 """

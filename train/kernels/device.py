@@ -70,7 +70,7 @@ def sees_gpu(wanted: str) -> bool:
 
 
 def idle_gpu(config: Config, device: "torch.device") -> str | None:
-    """Returns a note if torch lacks CUDA for the machine's GPU."""
+    """Returns a note for the user if torch lacks CUDA for the machine's GPU."""
     import torch
 
     if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:
@@ -112,8 +112,8 @@ def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> No
 def record_collectives(logs: Path) -> None:
     """Make every rank record its last 2000 collectives.
 
-    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. torch 2.11 to 2.13 reads these
-    environment variables when it creates a process group. The user's values stay.
+    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. torch 2.11 to 2.13 reads the
+    environment variables set here when it creates a process group. The user's values stay.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

@@ -42,7 +42,7 @@ _adamw = Kernel(
 
 
 class WeightShapes(NamedTuple):
-    """Rule and weights of a parameter group, for a plan."""
+    """Update rule and weight shapes of a parameter group, for a plan."""
 
     rule: UpdateRule
     shapes: Sequence[tuple[str, Sequence[int]]]
@@ -94,7 +94,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Returns each flat fp32 tensor's sum of squares: fp64 (pieces,)."""
+        """Returns each flat fp32 tensor's sum of squares, fp64 (len(pieces),)."""
         if pieces and pieces[0].is_cuda:
             from train.kernels.gpu import triton_adamw
 
@@ -187,7 +187,7 @@ def _update_on_gpu(
     count: int,
     factor: Tensor | float | None,
 ) -> None:
-    """Update the shard in one launch. gradients: its pieces. held: weight and both moments, flat."""
+    """Update the shard in one launch. gradients: of adjacent intervals of the shard. held: weight and moments, flat."""
     from train.kernels.gpu import triton_adamw
 
     weight, mean, square = held

@@ -56,7 +56,8 @@ class Muon(AdamW):
         A pack is a set of matrices that are updated together. Its matrices and their results are in fp32, and the
         results of the previous pack may still exist. Adjacent matrices of one shape form a batch of b elements, whose
         Gram matrices have g elements. On a CPU, the computation of a batch needs 12 b + 8 g more bytes, for copies,
-        iterates and two Gram matrices. Ranks that share matrices send and receive up to the fraction `away` of a pack.
+        iterates and two Gram matrices. Ranks that share matrices also need buffers for elements of
+        other ranks.
         """
         if not group.rule.is_whole:
             return AdamW.count_scratch_bytes(kind, config, group, elements, compiled)

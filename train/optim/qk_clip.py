@@ -24,7 +24,7 @@ from train.model.mla import MLA
 class QKClip:
     """Records the largest attention scores in this rank's chunks, and computes the factors for the weights.
 
-    limit: tau. most: replaces a tensor (L, H) by its maximum over all ranks with these layers.
+    limit: tau. most: function that replaces a tensor (L, H) by its maximum over all ranks with these layers.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
@@ -64,6 +64,6 @@ class QKClip:
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
     """Returns the factor of each row of a weight. A head has adjacent rows, in parts such as nope and rope.
 
-    parts: for each part, its factor in every head, and its rows per head.
+    parts: for each part, its factor in every head, and its number of rows per head.
     """
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

@@ -70,7 +70,7 @@ def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tenso
 
 
 def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
-    """Multiplies each expert's rows by its transposed matrix: (R, N). rows: number per expert."""
+    """Multiplies each expert's rows by its transposed matrix: (R, N). rows: number of rows per expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
     run_matmuls("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
@@ -106,7 +106,9 @@ def run_matmuls(
     name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
     into: bool = False,
 ) -> None:  # fmt: skip
-    """Write the results of all parts into `out`, or add them to `out` (fp32). Operands are (O, C) or (E, O, C).
+    """Write the results of the matmuls in `parts` into `out`, or add them to `out` (fp32).
+
+    Operands are (O, C) or (E, O, C).
 
     name: name of the matmul in torch's profiler.
     left_scales, right_scales: see `_operand`.

@@ -58,8 +58,8 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Declares the function that computes queries, keys and values from projections (q, kv, shared). back: whether it
-    computes the reverse.
+    """Declares the function that computes queries, keys and values from projections (q, kv, shared). back: whether to
+    declare its backward instead.
     """
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}

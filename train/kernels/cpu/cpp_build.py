@@ -79,7 +79,7 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the CPU features that SLUICE_CPU hides, and their flags."""
+    """Returns the CPU features that SLUICE_CPU hides, and the compiler flags that exclude them."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(
@@ -120,7 +120,7 @@ def _built(source: CppSource) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(
                 dir=folder
-            ) as scratch:  # several ranks may build it at once; the last one replaces the others
+            ) as scratch:  # several ranks may build the library at once; the last file replaces the others
                 library = _build(source, command, Path(scratch) / path.name)
                 library.chmod(library.stat().st_mode & ~0o022)  # removes the write permissions that the umask may allow
                 library.replace(path)

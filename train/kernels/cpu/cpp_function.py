@@ -111,7 +111,7 @@ class Array:
         raise _Unfit(name, self, x)
 
     def _has_values(self, name: str, x: Tensor, call: _Call) -> bool:
-        """Returns whether x's memory holds its values, or x is meta."""
+        """Returns whether x is a meta tensor, or a CPU tensor that is no conjugate or negated view."""
         if x.is_cpu:
             call.real |= self._out
             return not x.is_conj() and not x.is_neg()
@@ -149,7 +149,7 @@ class Array:
 
 
 class Number:
-    """A number for C++. Size expressions may use its name."""
+    """A parameter that is a number. Size expressions may contain the parameter's name."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -244,7 +244,7 @@ class Kernel:
     def __init__(
         self, load: Callable[[], ctypes.CDLL], name: str, returns: type | None = None, **parameters: Parameter
     ):
-        """load: returns the library. parameters: in C++ order."""
+        """load: function that returns the library. parameters: declarations in C++ order."""
         self.name, self._load, self._returns, self._parameters = name, load, returns, list(parameters.items())
         Kernel.declared.append(self)
 

@@ -119,7 +119,7 @@ def _by_row(scale: Tensor) -> Tensor:
 
 
 def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
-    """Returns the scales in the GEMMs' order; each expert's begin at a multiple of 128 rows."""
+    """Returns the scales in the GEMMs' order; the scales of each expert begin at a multiple of 128 rows."""
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
     return blocks.reshape(words_PT.shape).view(scale.dtype)

@@ -120,7 +120,7 @@ class CpuEngine:
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
     """Converts both operands to a dtype that represents both exactly.
 
-    An fp32 result needs fp32 operands, because torch rounds it to their dtype.
+    An fp32 result needs fp32 operands, because torch rounds a result to the operands' dtype.
     """
     assert isinstance(left, Tensor) and isinstance(right, Tensor), "the others are CompiledEngine's"
     if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):

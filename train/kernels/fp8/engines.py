@@ -50,7 +50,7 @@ SourceForm = tuple[Cast, torch.Size] | Cast | None
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns all sources' tensors, which autograd can save, and one `SourceForm` per source for `unpack_sources`."""
+    """Returns the tensors of all arguments, which autograd can save, and one `SourceForm` per argument."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -126,7 +126,10 @@ class Fp8Engine(Protocol):
         """Returns left (O, P) @ right (N, P)^T, a sum over each expert's rows: (E, O, N). into: see `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
-        """Computes SwiGLU (train/kernels/fp8/swiglu.py). Returns its output as an operand, and h saved for backward."""
+        """Computes SwiGLU (train/kernels/fp8/swiglu.py).
+
+        Returns SwiGLU's output as an operand, and h in the form saved for backward.
+        """
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns SwiGLU's recomputed output (P, F), and the gradients of h and of the gates."""
@@ -142,7 +145,7 @@ class HeldWeights:
     A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. The first step builds operands at
     their first use. In later steps, `hold` builds all of them, which keeps memory use constant.
 
-    making: a context in which operands are built.
+    making: function that returns a context manager, in which operands are built.
     """
 
     def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
@@ -154,7 +157,7 @@ class HeldWeights:
     def name(self, weight: Tensor) -> int | None:
         """Returns an identifier of a weight for `operand`; None if its operands are not stored.
 
-        Forward saves it for backward, where autograd may pass another tensor object with the same memory.
+        Forward saves the identifier for backward, where autograd may pass another tensor object with the same memory.
         """
         if not (self._holds and isinstance(weight, nn.Parameter)):
             return None
@@ -164,7 +167,7 @@ class HeldWeights:
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
         """Returns a weight's stored operand, or builds it.
 
-        name: identifier from `name`. rule, transposed: see `Fp8Engine.operand`.
+        name: result of the method `name`. rule, transposed: see `Fp8Engine.operand`.
         """
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)

@@ -49,7 +49,7 @@ class FrozenBlocks:
         return getattr(self._module, self._name)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Returns the values in `dtype`, and a context in which autograd does not save them."""
+        """Returns the values in `dtype`, and a context manager that keeps autograd from saving them."""
         values = self._values(dtype)
         if not torch.is_grad_enabled():
             return values, nullcontext()
@@ -87,7 +87,7 @@ class FrozenBlocks:
 
 
 def hold_in_blocks(chunk: DeepSeekV3) -> None:
-    """Replace a meta chunk's weights by bytes, where `is_held_in_blocks` accepts the name."""
+    """In a chunk on the meta device, replace weights by bytes if `is_held_in_blocks` accepts their names."""
     for name, _ in list(chunk.named_parameters()):
         if is_held_in_blocks(name):
             prefix, _, own = name.rpartition(".")

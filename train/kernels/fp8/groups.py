@@ -110,7 +110,7 @@ class PaddedGroups:
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Returns the largest possible number of tiles of 128 rows, each of one expert. rows: of all experts."""
+    """Returns the largest possible number of tiles of 128 rows, each of one expert. rows: number of all rows."""
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 

@@ -159,7 +159,7 @@ WARNINGS = 5
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
-    """Merges all ranks' reports, with the worst value for each name."""
+    """Merges all ranks' reports, and keeps the worst value for each name."""
     together = Report({}, {}, [])
     for report in reports:
         for key, value in report.metrics.items():

@@ -70,7 +70,7 @@ class GroupedMatmuls(Protocol):
         """Multiplies the rows of left (P, C) by their expert's transposed matrix in right (E, N, C). Returns (P, N) in
         bf16.
 
-        left is quantised in tiles and may have more than P rows. right is quantised in blocks.
+        left is quantised in tiles and may have more rows than the result. right is quantised in blocks.
         """
 
     def wgrad(

@@ -81,7 +81,7 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """Runs the tests in the child process. Writes an answer at every stage, because it may abort."""
+    """Runs the tests in the child process. Writes an answer at every stage, because the process may abort."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None

@@ -15,9 +15,9 @@ from conf.errors import UserError
 DEEP_GEMM = "sgl-deep-gemm"
 """DeepGEMM's package on PyPI. Its module is deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""Oldest DeepGEMM with the K-grouped FP8 kernel, and newest for TORCH_OF_DEEP_GEMM."""
+"""Oldest DeepGEMM version with the K-grouped FP8 kernel, and newest version that works with TORCH_OF_DEEP_GEMM."""
 TORCH_OF_DEEP_GEMM = (2, 11)
-"""The torch version for DeepGEMM, whose first call aborts with 2.12 and 2.13 (PyObjectSlot)."""
+"""The torch version for DeepGEMM. With torch 2.12 and 2.13, DeepGEMM's first call aborts (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
 """Version shown if the installed module deep_gemm is not from the package DEEP_GEMM. The probe tests such a module too.
@@ -128,7 +128,7 @@ def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list
 
 
 def require_fit(deep_gemm: bool, mx: bool = False) -> None:
-    """Raises UserError if installed parts are incompatible. deep_gemm, mx: see `misfits`."""
+    """Raises UserError if installed software is incompatible. deep_gemm, mx: see `misfits`."""
     found = look_up_versions()
     if bad := misfits(found, deep_gemm, mx):
         raise refusal(bad, str(found), "mxfp8" if mx else "fp8")

@@ -69,7 +69,7 @@ def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
 
 
 def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
-    """Returns the source of Fprop's activation: the saved one (`kept`) if it has Fprop's cast, else x_MK."""
+    """Returns the input for Fprop's left operand: the saved form `kept` if it has Fprop's cast, else x_MK."""
     rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK

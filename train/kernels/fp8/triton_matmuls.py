@@ -1,4 +1,4 @@
-"""Triton kernels for FP8 GEMMs: grouped by expert, and weight gradients added to a sum.
+"""Triton kernels for FP8 GEMMs that are grouped by expert.
 
     matmul      left (R, C), right (E, N, C) -> (R, N)     Fprop and Dgrad: each row times its expert's matrix
     wgrad       left (O, P), right (N, P) -> (E, O, N)     Wgrad: a separate sum over the columns of each expert
@@ -39,8 +39,8 @@ WARPS, STAGES = 8, 4
 KiB of shared memory, or 48 KiB for two tiles.
 """
 LANES = 32
-"""Threads of a warp. The vectors that determine the number of steps have at least this length. Then the compiler knows
-that all threads run the same number of steps (Triton 3.7.1).
+"""Threads of a warp. The vectors from which a kernel computes its number of loop steps have at least this length. Then
+the compiler knows that all threads run the same number of steps (Triton 3.7.1).
 """
 
 
@@ -51,7 +51,7 @@ def _named(kernel: str, specialization) -> str:
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Returns a program's tile (m, n). Programs compute all m of a band for one n, then all m for the next n."""
+    """Returns a program's tile (m, n). Programs compute `band` adjacent m for one n, then the same m for the next n."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -237,7 +237,7 @@ def _by_column(scale: Tensor) -> bool:
 
 
 def _whole(x: Tensor) -> tuple[int, int]:
-    """Returns the last two sizes, of a contiguous tensor and multiples of 128."""
+    """Returns the tensor's last two sizes. Asserts that it is contiguous, and both sizes are multiples of 128."""
     rows, columns = x.shape[-2:]
     assert x.is_contiguous() and rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
     return rows, columns

@@ -410,8 +410,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """Returns `quantize_columns`, with the second cast, of the result of `quantize_tiles`. The casts must have one
-    format.
+    """Applies `quantize_tiles` with the first cast, then `quantize_columns` with the second cast to the result. The
+    casts must have the same format.
     """
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
@@ -473,8 +473,9 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns two results of `quantize_tiles`, without padding rows: of SwiGLU's output (P, F) with `cast`, and of h
-    with the cast `cache`.
+    """Returns SwiGLU's output (P, F) quantised with `cast`, and h quantised with `cache`.
+
+    Both are results of `quantize_tiles` without padding rows.
     """
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
@@ -510,7 +511,7 @@ def quantize_mx(
     """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
     x_RC: a tensor with any strides, or the transpose of an earlier call's q.
-    in_scale: this earlier call's scale; else None.
+    in_scale: the scale from this earlier call; None for other tensors.
     ends_E: end of each expert's columns, int32. Each expert has at least one tile, and its scales form a separate
         matrix. Tiles after the last expert's columns are zeros, and belong to the last expert.
     gates_R: if given, x_RC is the input of SwiGLU, whose output is quantised.
@@ -541,7 +542,7 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the first position and row stride of every 128 rows of a flat q."""
+    """Returns, for each tile of 128 rows: the offset of its first element in a flat q, and the stride of q's rows."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)

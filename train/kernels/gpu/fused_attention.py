@@ -36,7 +36,7 @@ class _Documents(NamedTuple):
     bounds: Tensor
     """Start of each document, then the end of the last: int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
-    """Each query's document index and position in it: int64 (M,)."""
+    """For each query: the index of its document, and its position in this document. Both int64 (M,)."""
 
 
 class _Call(NamedTuple):
@@ -53,7 +53,7 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """Returns this call's parts of q, k, v and further tensors, which have an axis of queries."""
+        """Returns this call's elements of q, k, v and further tensors. Further tensors have an axis of queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 

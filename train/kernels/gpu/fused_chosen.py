@@ -75,7 +75,7 @@ def _product(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
     """Returns left @ right in fp32, or adds it to `into`."""
     if left.is_meta:
         return left.new_empty(*left.shape[:2], right.size(2), dtype=torch.float32) if into is None else into
-    if left.dtype != torch.bfloat16 or not left.is_cuda:  # torch has neither operation there
+    if left.dtype != torch.bfloat16 or not left.is_cuda:  # torch has no out_dtype for these
         left, right = left.float(), right.float()
         return torch.bmm(left, right) if into is None else into.baddbmm_(left, right)
     if into is None:

@@ -74,7 +74,7 @@ def runs(out: Tensor) -> bool:
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Returns a complex table (T, R/2) as reals (T, R/2, 2)."""
+    """Returns complex rotation factors (T, R/2) as real numbers (T, R/2, 2)."""
     return torch.view_as_real(table.contiguous())
 
 

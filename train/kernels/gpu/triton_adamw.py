@@ -1,7 +1,7 @@
 """The AdamW of train/optim/adamw.py on a GPU, and sums of squares for norms, each in one pass over memory.
 
-One launch processes many pieces of memory; a table on the device contains their addresses. A program processes a chunk:
-PROGRAM_ELEMENTS elements of one piece.
+One launch processes many tensors, whose addresses are in a table on the device. A program processes a chunk:
+PROGRAM_ELEMENTS elements of one tensor.
 
 Every element gets the same fp32 arithmetic, so shard boundaries do not change the result. The module needs triton.
 """
@@ -20,25 +20,25 @@ from parallel.triton_types import constexpr, with_options
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
 """Number of elements that a program processes in total, and at a time."""
 ALIGNED = 16
-"""If all piece addresses (in bytes) and sizes (in elements) are multiples of this number, threads read 128 bits at a
+"""If all tensors' addresses (in bytes) and sizes (in elements) are multiples of this number, threads read 128 bits at a
 time.
 """
 
 
 class _Layout(NamedTuple):
-    """Describes how pieces of memory are cut into chunks, one chunk per program. Tensors are int64 on the device."""
+    """Describes how tensors are cut into chunks, one chunk per program. The fields are int64, on the device."""
 
     starts: Tensor
-    """Index of every piece's first element, counted over all pieces. The last entry is the total number of elements."""
+    """Index of every tensor's first element among all elements. The last entry is the total number of elements."""
     first_chunks: Tensor
-    """Index of every piece's first chunk. The last entry is the total number of chunks."""
+    """Index of every tensor's first chunk. The last entry is the total number of chunks."""
     piece_of_chunk: Tensor
 
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """Returns the address of this program's piece, the start of the chunk in the piece, the start of the piece among
-    all pieces, and the size of the piece.
+    """Returns the address of this program's tensor, the start of the chunk in the tensor, the start of the tensor
+    among all tensors, and the size of the tensor.
     """
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
@@ -88,7 +88,7 @@ def _squares_kernel(
 
 @triton.jit
 def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: constexpr):
-    """Sums the chunks of every piece, in order."""
+    """Adds the sums of every tensor's chunks, in order."""
     first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
     total = tl.zeros((block,), tl.float64)
     for begin in range(first, end, block):
@@ -117,7 +117,7 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Returns the sum of squares of every 1-D fp32 piece: fp64."""
+    """Returns the sum of squares of every 1-D fp32 tensor: fp64 (len(pieces),)."""
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
     _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
@@ -125,7 +125,7 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the sum of squares of every chunk, and the index of every piece's first chunk.
+    """Returns the sum of squares of every chunk, and the index of every tensor's first chunk.
 
     A program computes ELEMENTS_AT_ONCE sums in fp32, and adds them in fp64.
     """
@@ -146,7 +146,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """Returns the pieces' layout, their addresses, and whether all addresses and sizes are multiples of ALIGNED."""
+    """Returns the tensors' layout, their addresses, and whether all addresses and sizes are multiples of ALIGNED."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
@@ -156,7 +156,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """Returns the layout of pieces with these sizes, cached."""
+    """Returns the layout of tensors with these sizes, cached."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)

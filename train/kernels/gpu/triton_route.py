@@ -186,7 +186,7 @@ def route(
     """Run the forward kernel.
 
     made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input.
-    sums: three tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens, or None: each expert's number
+    sums: None, or three tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens: each expert's number
         of tokens, its normalised scores, and how often its unbiased score is among the largest.
     """
     B, T, E = logits_BTE.shape

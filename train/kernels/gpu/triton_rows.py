@@ -78,7 +78,7 @@ def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: 
 
 @triton.jit
 def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """Multiply adjacent pairs by the complex table, or if `back` by its conjugate; fp32."""
+    """Multiply adjacent pairs by the table's complex rotation factors, or if `back` by their conjugates; fp32."""
     rows: constexpr = pairs.shape[0]
     real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
     table = tl.load(table_ptr + table_place, table_there, 0.0)
@@ -176,7 +176,7 @@ def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: T
 
     k_nope_BTHN: the first elements of contiguous rows.
     k_rope_BTR: evenly spaced rows.
-    table: the complex table as real numbers (T, R/2, 2).
+    table: the complex rotation factors as real numbers (T, R/2, 2).
     """
     B, T, H, _ = k_BTHQ.shape
     nope, rope = k_nope_BTHN.size(3), k_rope_BTR.size(2)

@@ -70,10 +70,11 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
 def query_blocks(
     seen: SeenKeys, length: int, batch: int, device: torch.device
 ) -> Iterator[tuple[range, slice, slice, Tensor]]:
-    """Yields blocks of queries that see the same keys, up to a diagonal: the sequences, the positions of queries and of
-    keys, and the mask (C, S). length: number of keys.
+    """Yields blocks of queries: the sequences, the positions of queries and of keys, and the mask (C, S).
 
-    The mask is added to the scores: -inf where a query does not see a key, else 0.
+    length: number of keys.
+    The queries of a block see the same keys up to a causal diagonal. The mask is added to the scores: -inf where a
+    query does not see a key, else 0.
     """
     most = THRESHOLDS.attention_queries
     bias = torch.full((most, most), -torch.inf, device=device).triu_(1)

@@ -30,7 +30,7 @@ def choose_keys(
 ) -> Tensor:
     """Implements `train.model.operations.Kernels.choose_keys`.
 
-    scores_of: computes a block's scores. best_keys: chooses the largest.
+    scores_of: function that computes a block's scores. best_keys: function that chooses the largest scores.
     """
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
@@ -53,8 +53,8 @@ def index_loss(
 ) -> IndexLoss:
     """Implements `train.model.operations.Kernels.index_loss`.
 
-    scores_of: computes the scores of a block of queries.
-    attention_of: computes the mean attention of a block, like `mean_attention`.
+    scores_of: function that computes the scores of a block of queries.
+    attention_of: function that computes the mean attention of a block, like `mean_attention`.
     """
     q_BTHI, k_BSI, _ = index
     batch, device = len(q_BTHI), q_BTHI.device

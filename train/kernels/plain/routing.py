@@ -45,22 +45,22 @@ class _Whole:
         return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
-        """Returns the frequency f of equation 18, (N, E).
+        """Returns the frequency f (paper, equation 18), (N, E).
 
         best_NE: number of positions at which each expert has one of the top_k largest scores.
         """
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """Returns this rank's part of P in equation 20, (N, E): each expert's sum of normalised scores, divided by the
-        number of positions.
+        """Returns this rank's summand of P (paper, equation 20), (N, E): each expert's sum of normalised scores,
+        divided by the number of positions.
         """
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
         """Returns the frequency f times the weight of each position: (B, 1 or T, E).
 
-        The weight is 1 in a sample of `length` positions.
+        The weight of a position is `length` divided by the number of positions of its sample.
         """
         return frequency_NE.unsqueeze(1)
 
