@@ -31,7 +31,7 @@ from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 from conf.words import steps_in_words
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes that prove that a rank is no victim. Libraries raise SIGABRT when they lose a peer."""
+"""Exit codes that prove that no other rank made this rank fail. Libraries raise SIGABRT when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """Text of torch before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10
@@ -170,7 +170,7 @@ class RankReport:
 
     @property
     def certain(self) -> bool:
-        """Whether the rank's end proves that it is no victim."""
+        """Whether the way in which the rank ended proves that no other rank made it fail."""
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
@@ -205,7 +205,7 @@ def _number(found: Any) -> Any:
 
 
 def _failure(found: Any) -> Failure | None:
-    """Return `found` as a Failure, or None for another format."""
+    """Return `found` as a Failure; None if it does not have the format of a Failure."""
     match found:
         case {
             "rank": int(),
@@ -234,7 +234,7 @@ class Cause:
     log: str = field(default="", repr=False)
     """Text that explains the failure: output or stacks of ranks."""
     advice: str = ""
-    """Advice that follows from the rank's end, or empty."""
+    """Advice that follows from how the rank ended, or empty."""
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
@@ -306,7 +306,7 @@ def _tail(report: RankReport) -> str:
 
 
 def _how(report: RankReport) -> str:
-    """Describe the end of a rank without a failure report."""
+    """Describe how a rank without a failure report ended."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
@@ -335,7 +335,7 @@ WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 NATIVE_HEAD = "Native threads, by pystack: "
 """Heading before the stacks of native threads."""
 _OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
-"""Matches the standard library's files. A `wait` there is not for another rank."""
+"""Matches paths of the standard library's files. A `wait` in such a file does not wait for another rank."""
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:

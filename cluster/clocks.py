@@ -21,7 +21,7 @@ class SteadyClock:
         return self.at(uptime())
 
     def at(self, uptime: float) -> float:
-        """Return the Unix time at this `uptime` of the host."""
+        """Convert a value of `uptime` to Unix time."""
         return self._ahead + uptime
 
     def set_by(self) -> float:

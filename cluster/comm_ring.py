@@ -7,7 +7,7 @@ content survives SIGKILL. Its parts:
               host
     state     48 bytes: current step, phase, layer and action; Unix time at which the phase or action began; number of
               completed work units; bytes of checkpoints written
-    table     rest of the first 64 KiB: one line of JSON for each group of ranks and each place in the program. Records
+    table     rest of the first 64 KiB: one line of JSON for each group of ranks and each location in the code. Records
               refer to a line by its number. A line is written before the first record that refers to it
     records   88 bytes each; a new record overwrites the oldest record
 
@@ -106,7 +106,7 @@ class CommRecord(NamedTuple):
     step: int
     phase: str
     layer: int
-    """The layer that the rank entered last in this action, or -1."""
+    """The layer that the rank entered last in this pipeline action, or -1."""
     action: str
     """The pipeline action, such as `F2.0` (forward of micro-batch 0 through stage 2), or empty."""
     place: str
@@ -170,7 +170,7 @@ class CommRing:
         self._records, self._serials, self._table_end = records, itertools.count(1), TABLE_AT
         self._now = SteadyClock().now
         self._numbers: dict[Any, int] = {}
-        """Line numbers of groups and places in the file's table."""
+        """For each group and each code location: number of its line in the file's table."""
         self.step, self.phase, self.layer, self._action = 0, 0, NO_LAYER, (0, 0, 0)
         self._done = self._written = 0
         HEADER.pack_into(self._map, 0, MAGIC, RING_FORMAT, records, rank, world, os.getpid(), time.time(), _host())
@@ -198,15 +198,15 @@ class CommRing:
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return the number of a group in the table, for `begin`."""
+        """Return the number of a group's line in the table, for `begin`."""
         return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
 
     def place(self, file: str, line: int) -> int:
-        """Return the number of a place in the table, for `begin`."""
+        """Return the number of a code location's line in the table, for `begin`."""
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Return the number of a table line, from 1; 0 if the table is full."""
+        """Return the number, from 1, of the table line with this entry; 0 if the table is full."""
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -252,7 +252,7 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """Encode a range of ranks as [first, last + 1, step], other ranks as -1 and the ranks."""
+    """Encode evenly spaced ranks as [first, last + 1, step], and other ranks as a list that starts with -1."""
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
@@ -261,7 +261,7 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Decode ranks of `_as_range`; earlier versions wrote 0 instead of -1. Raises ValueError for too many ranks."""
+    """Decode a list of `_as_range`; earlier versions wrote 0 instead of -1. Raises ValueError for too many ranks."""
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
         raise ValueError("a group of more ranks than a run has")
@@ -269,7 +269,7 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
-    """Parse a ring file with at most `last` newest records. Raises ValueError for other bytes."""
+    """Parse the content of a ring file, with at most the `last` newest records. Raises ValueError if it is invalid."""
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
     _, version, records, rank, world, pid, started, host = HEADER.unpack_from(raw)
@@ -389,7 +389,7 @@ _rings: list[CommRing] = []
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Add the progress inside the block to the counts in `ring`."""
+    """Context manager that counts the progress of its block in `ring`."""
     _rings.append(ring)
     try:
         yield

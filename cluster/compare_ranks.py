@@ -124,7 +124,7 @@ def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
 
 
 def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: set[int]) -> list[int]:
-    """Return the ranks that others wait for, and that wait for none."""
+    """Return the ranks for which other ranks wait, and which wait for no rank."""
     waiting = {wait.rank for wait in waits}
     wanted = {rank for wait in waits for rank in wait.missing}
     return sorted(rank for rank in wanted if rank not in waiting and rank not in gone)
@@ -158,8 +158,8 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return the file and line that a rank's main thread executes, outside thread libraries. Without a stack, return
-    the place of its last record.
+    """Return the file and line that a rank's main thread executes, outside thread libraries. Without a stack trace,
+    return the file and line of the rank's last recorded operation.
     """
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
@@ -199,7 +199,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Find, among ranks that wait for each other, the rank whose step differs from its own last step."""
+    """Find, among ranks that wait for each other, the rank whose current step differs from its own previous step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

@@ -40,7 +40,7 @@ from conf.words import one_line, say, steps_in_words
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Matches the words between fault and consequence in a text. Earlier versions wrote "what failed of it"."""
+"""Matches the label between a fault and its consequence. Earlier versions wrote "what failed of it"."""
 SHOWN_RECORDS = 40
 """Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
@@ -105,7 +105,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the rank's end proves that it is no victim."""
+    """Whether the way in which the rank ended proves that no other rank made it fail."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -282,8 +282,8 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
     return traces
 
 
-# Incidents of a late run are shown as warnings. If the run makes progress again, `pass_incident` records this in the
-# incident's file.
+# If a run is silent for too long, its incident is shown as a warning. If the run makes progress again, `pass_incident`
+# records this in the incident's file.
 
 PASSED = "passed"
 """Kind of an incident after which the run made progress again. Until then, the kind is hang."""
@@ -303,7 +303,7 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 
 def tell_went_on(logs: Path, seconds: float) -> None:
-    """Print and record that a late run continues."""
+    """Print and record that a run makes progress again after a warning."""
     say(f"the run makes progress again after {seconds:.0f} s", file=sys.stderr)
     with suppress(OSError):  # the disk is full; the message above is enough
         pass_incident(logs, seconds)

@@ -52,7 +52,7 @@ NOTHING_STARTED = "stopped by Ctrl-C; nothing was started"
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Use this handler for these signals inside the block."""
+    """Use this handler for these signals inside the `with` block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -62,7 +62,7 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block raise KeyboardInterrupt, and never end the process."""
+    """Make every Ctrl-C in the `with` block raise KeyboardInterrupt, and never end the process."""
     return handled(interrupt, signal.SIGINT)
 
 

@@ -95,7 +95,7 @@ def channel_of(record: CommRecord) -> tuple:
 
 
 def record_in_words(record: CommRecord) -> str:
-    """Describe a record: kind, elements, peer, and place in the program."""
+    """Describe a record: kind, elements, peer, and location in the code."""
     sizes = sorted({record.sent, record.received} - {0}) or [0]
     what = f"{record.kind} of {' and '.join(map(str, sizes))} {record.dtype}" if record.dtype else record.kind
     if record.peer >= 0:

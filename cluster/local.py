@@ -154,7 +154,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
 
 
 def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
-    """Name the ranks that block a late run. The run continues."""
+    """Warn about the ranks that block a run, after it was silent for too long. The run continues."""
     watch.name_late()
     traces, stacks, seconds = read_traces(logs), _stacks(ranks, logs), now - watch.silent_since
     cause, finding = judge_hang(_reports(ranks, logs), traces, stacks, {}, seconds)

@@ -17,11 +17,11 @@ STEP_PHASES = (STEP_PHASE, "on_step")
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may be slow."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""Minimum seconds of silence before a run is late: first during steps, then in other phases."""
+"""Minimum seconds of silence before a run is late. STEP_FLOOR is for steps, OTHER_FLOOR for other phases."""
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""A run is late after (HANG_ROOM + FIRST_HANG_ROOM / observations) x the longest observation."""
+"""A run is late after (HANG_ROOM + FIRST_HANG_ROOM / n) x the longest of the n times that `Patience.take` recorded."""
 REMEMBERED = 500
 """Number of newest observations kept for each kind of phase."""
 QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
@@ -59,7 +59,7 @@ class Patience:
         self._seconds[doing].append(seconds)
 
     def finish(self, doing: str) -> None:
-        """Record that a phase is complete, so that its observations count."""
+        """Record that a phase is complete. From now on, its recorded times are used for the limits."""
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:

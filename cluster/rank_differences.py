@@ -18,7 +18,7 @@ from cluster.judgement import (
 
 Signature = tuple[Any, ...]
 EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
-"""Kinds of operations with equal numbers of elements on all ranks of a group, or on both ends."""
+"""Kinds of operations with equal numbers of elements on all ranks of a group, or on both ends of a message."""
 
 
 def _common(record: CommRecord) -> Signature:
@@ -101,7 +101,7 @@ def _blame(
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
     """Return the ranks whose collective differs from the collective of the other groups with equal label and size.
-    Return none if these other groups differ among themselves, or if all ranks differ from them.
+    Return none if the other groups differ among themselves, or if all ranks of this group differ from the other groups.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -125,7 +125,7 @@ def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
 
 
 def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
-    """Return the rank's records in the channel of `record`, by step."""
+    """Return the rank's records in the same channel as `record` (see `channel_of`), by step."""
     done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
     for one in trace.records:
         if channel_of(one) == channel:
@@ -158,8 +158,8 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period of a rank's communication in steps, and how many of the last steps repeat with it; 1, 0 without
-    a period.
+    """Return the period of a rank's communication in steps, and the number of last steps that repeat with this period.
+    Without a period, return 1 and 0.
 
     At least two periods must repeat. The period that repeats over most steps is chosen.
     """
@@ -179,8 +179,8 @@ def _against_other(
 ) -> tuple[Fault, CommRecord] | None:
     """Find how a rank's step differs from a reference step.
 
-    The reference is the newest earlier step of the same rank that began like the other rank's step. If there is none,
-    the other rank's step is the reference.
+    The reference is the newest earlier step of this rank that began like the step of the rank `other`. If there is
+    none, the reference is the step of `other`.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -208,7 +208,7 @@ def first_change(
 
     def matches(i: int, j: int) -> int:
         """Count the equal pairs (now[i], before[j]), (now[i + 1], before[j + 1]), ... up to the first unequal pair. A
-        pair whose two records come from one place in the program counts twice."""
+        pair whose two records come from the same line of code counts twice."""
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
             if not alike(one, other):

@@ -23,7 +23,7 @@ class RankWatch:
         self.reports = {rank: RankReport(rank) for rank in ranks}
         self.names, self.saved = names, max(saved, 0)
         self.moved = now
-        """Time of the last news: another step or phase of a rank."""
+        """Time at which a rank last entered another step or phase, or ended."""
         self.alive = now
         """Time at which a rank last completed a unit of work."""
         self.step = -1
@@ -32,14 +32,14 @@ class RankWatch:
         """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which the current step began: a rank first reached it, or the ranks returned to it from another
-        phase."""
+        """Time at which the current step began: a rank reached it for the first time, or the ranks returned to it from
+        another phase."""
         self._silences = 0
-        """Number of events that ended a silence."""
+        """Number of reports that showed progress; each of them ended a silence."""
         self._late: tuple[int, float] | None = None
-        """Value of `_silences` and start of the silence at the last warning, or None."""
+        """At the last warning: value of `_silences`, and time at which the silence began. None without a warning."""
         self._ended = self._bad = 0
-        """Numbers of ranks that have ended, and that have failed."""
+        """Number of ranks that have ended, and number of ranks that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
         """Number of running ranks, by phase."""
         self._elsewhere = set[str]()
@@ -121,13 +121,13 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """Extend the limits by `slept` seconds of a delay."""
+        """Extend the limits by `slept`, the seconds in which a rank or this process could not run."""
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
     def silent_since(self) -> float:
-        """Return the time of the last news. In steps, news is another step or phase of a rank; in other phases, news is
-        a completed unit of work."""
+        """Return the time of the last progress. During steps, a rank makes progress when it enters another step or
+        phase. In other phases, a rank makes progress when it completes a unit of work."""
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:

@@ -142,7 +142,7 @@ def read_fence(checkpoints: Path) -> int:
 
 @contextmanager
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock of checkpoints/ in the block. Raises UserError if it stays locked for `timeout` seconds."""
+    """Hold the lock of checkpoints/ in the `with` block. Raises UserError if it stays locked for `timeout` seconds."""
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(checkpoints / LOCK, timeout))

@@ -93,7 +93,7 @@ class SelfWatch:
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """Return the readable progress of all other ranks. If one makes progress, the run does not hang."""
+        """Return the progress of all other ranks, if readable. If one of them makes progress, the run does not hang."""
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
 

@@ -16,9 +16,9 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""The prctl option for a signal when the parent dies."""
+"""The prctl option that makes the kernel send a signal when the parent dies."""
 LEASE = 4.0
-"""Heartbeats without a question after which an agent kills its ranks."""
+"""An agent kills its ranks after this number of heartbeats without a question from the driver."""
 ENDING = 60.0
 """Seconds that a killed rank may need to free its memory."""
 
@@ -60,7 +60,10 @@ class ForkedProcess:
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """Fork the child. work: its function, which returns the exit code. output: file for stdout and stderr, or None."""
+        """Fork the child.
+
+        work: function that the child runs; it returns the exit code. output: file for stdout and stderr, or None.
+        """
         bind, parent = _binder(), os.getpid()
 
         def run() -> None:

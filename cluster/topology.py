@@ -85,7 +85,7 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Return the seats by node id, in the order of local ranks."""
+        """Return the seats (the node and device of each rank) by node id, in the order of local ranks."""
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
             found.setdefault(seat.node.id, []).append(seat)

@@ -4,7 +4,7 @@ torch.
 An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W. Initially A is random and B is 0. Some
 parameters stack matrices, such as w1 and w3 in w13. Every stacked matrix has its own A and B.
 
-    base parameter          names and shapes of its A and B
+    adapted parameter       names and shapes of its A and B
     q_up.weight  (O, I)     q_up.lora_A (rank, I)                  q_up.lora_B (O, rank)
     w13.weight  (2F, D)     w13.w1_lora_A, w13.w3_lora_A (rank, D) w13.w1_lora_B, w13.w3_lora_B (F, rank)
     experts.w13 (E, 2F, D)  experts.w1_lora_A, experts.w3_lora_A (E, rank, D), and _B (E, F, rank)
@@ -24,7 +24,7 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps a word of adapter.targets to name endings of base parameters."""
+"""Maps a word of adapter.targets to the name endings of the parameters that it selects."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 
@@ -39,7 +39,7 @@ class LoraNames(NamedTuple):
 
 
 def target_of(base: str) -> str | None:
-    """Return the target of a base parameter's global name, or None."""
+    """Return the word of adapter.targets that selects the parameter with the global name `base`, or None."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),
         None,
@@ -47,12 +47,12 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter in FP8 blocks."""
+    """Whether adapter.base=fp8 stores this parameter of the frozen model in FP8 blocks."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Return the names of each pair A and B of a base parameter."""
+    """Return the names of A and B for each matrix in the adapted parameter `base`."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

@@ -52,7 +52,7 @@ OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/
 
 
 class ConfigCheck(Protocol):
-    """Type of a rule. Rules that one condition cannot express are functions."""
+    """Type of a rule. If one condition cannot express a rule, the rule is a function."""
 
     def __call__(self, config: Config, /) -> None:
         """Raise UserError if the configuration breaks the rule."""
@@ -97,13 +97,13 @@ def _written(text: Text, config: Config, value: Any) -> str:
 
 @dataclass(frozen=True)
 class ConditionalRules:
-    """Rules for configurations for which `so` returns true."""
+    """Rules that apply only to configurations for which the function `so` returns true."""
 
     so: Callable[[Config], Any]
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """If `so` returns true, raise UserError for the first broken rule."""
+        """Raise UserError for the first broken rule, if the rules apply to this configuration."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -134,7 +134,7 @@ def check_spread(config: Config) -> None:
 
 
 def check_model(model: Model) -> None:
-    """Check the rules of section model alone."""
+    """Check only the rules of section model."""
     check_fields(model, "model.")
     hold(MODEL, Config(model=model))
 
@@ -230,8 +230,10 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Return the rules for a sequence length, which parallel.cp divides into 2 x cp equal pieces. key: setting with the
-    length."""
+    """Return the rules for a sequence length. parallel.cp splits the sequence into 2 x cp pieces of equal length.
+
+    key: setting with the sequence length.
+    """
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (

@@ -282,7 +282,7 @@ def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError
 
 
 def close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
-    """Return keys that the user may have meant: by synonym, equal last part or similar spelling."""
+    """Return keys that the user may have meant: a synonym, keys with the same last word, or similar keys."""
     known = [*dict.fromkeys([*dotted_keys(), *more])]
     section, _, last = key.rpartition(".")
     if synonym := KEYS.get(key.lower()) or KEYS.get(last.lower()):

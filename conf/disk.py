@@ -51,7 +51,10 @@ REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDI
 
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
-    """Context that adds the file's name to an OSError. needed: bytes of the file. way: `written` or `read`."""
+    """Context manager that adds the file's name to an OSError.
+
+    needed: bytes of the file. way: the failed operation, `written` or `read`.
+    """
     try:
         yield
     except OSError as error:
@@ -62,7 +65,7 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Context that adds the file's name to an OSError while reading."""
+    """Context manager that adds the file's name to an OSError while reading."""
     return naming(path, way="read")
 
 
@@ -147,13 +150,13 @@ class Backlog:
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost items: above BACKLOG bytes, the oldest are dropped."""
+        """Number of dropped items. While more than BACKLOG bytes are held, the oldest item is dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Append the held data and `piece`. If the disk refuses, hold the rest and raise OSError."""
+        """Append the held data, then `piece`. If the disk refuses data, hold the rest and raise OSError."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -170,7 +173,8 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Context that converts an OSError of a disk to an error of class `kind`, with the file's setting (`_setting`)."""
+    """Context manager that converts an OSError of a disk to an error of class `kind`. The error names the setting whose
+    folder contains the file (`_setting`)."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """The kinds of dispatch, which send tokens to experts on other ranks: their needs and their costs. Imports no torch.
 
-Other code reads this table, and never compares names. A new dispatch needs an entry here, and a class in
-parallel/expert/build.py.
+Other code reads the properties in DISPATCHES, and never compares names of dispatches. A new dispatch needs an entry
+here, and a class in parallel/expert/build.py.
 """
 
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ class Messages:
     """Average number of messages per token and MoE layer on the busiest rank."""
 
     copies: tuple[float, ...]
-    """Number of rows per token that Sluice's kernels copy in each hop, also to the same rank. Hops: to nodes and then
-    ranks, or directly to ranks."""
+    """Number of rows per token that Sluice's kernels copy in each hop, including rows for the same rank. There are two
+    hops, to nodes and then to ranks, or one hop, directly to ranks."""
     arrivals: float
     """Number of rows per token that expert ranks receive."""
     inside: float
@@ -66,7 +66,7 @@ class DispatchFacts:
         return fits and (on_gpu or not self.needs_gpu)
 
     def count_messages(self, reach: Reach) -> Messages:
-        """Return the messages of a token; see `Messages`."""
+        """Return the number of messages per token; see `Messages`."""
         other_node, same_node = 1 - reach.per_node / reach.ep, (reach.per_node - 1) / reach.ep
         if self.per_expert:
             experts = reach.experts
@@ -84,7 +84,7 @@ class DispatchFacts:
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Return, for each hop, the range of ranks that exchange rows with a group's first rank through NCCL."""
+        """Return, for each hop, the ranks that exchange rows through NCCL with the first rank of an expert group."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
@@ -92,8 +92,8 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return the number of experts in each sum that the dispatch computes over a token's rows: the experts of a
-        rank and, for a second sum, of a node. Empty if the dispatch adds no rows."""
+        """Return the number of experts in each sum of a token's rows. The first sum is over a rank's experts. Some
+        dispatches compute a second sum over a node's experts. Empty if the dispatch adds no rows."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep

@@ -27,7 +27,7 @@ class Bounds:
     """A value above this bound is certainly a mistake. The key's rule leaves this bound out; only the error for such a
     value names it."""
     what: str = ""
-    """Kind of the number, such as share, to explain the bounds."""
+    """What the number is, as text for the error, such as `a share`. If empty, the error contains only the bounds."""
 
     def hold(self, value: float) -> bool:
         """Whether the value is within the bounds."""

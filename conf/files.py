@@ -125,8 +125,8 @@ def open_lock(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path, timeout: float) -> Iterator[None]:
-    """Context that holds the advisory lock on a file. Raises TimeoutError after `timeout` seconds. The kernel releases
-    the lock of a dead process."""
+    """Context manager that holds the advisory lock on a file. Raises TimeoutError after `timeout` seconds. The kernel
+    releases the lock of a dead process."""
     handle = open_lock(path)
     try:
         deadline = time.monotonic() + timeout
@@ -162,8 +162,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """Context that yields a temporary folder, which is renamed to `target` after success. field: setting with the path
-    `target`."""
+    """Context manager that yields a temporary folder, which is renamed to `target` after success. field: setting with
+    the path `target`."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -53,7 +53,7 @@ class KeyGroup:
     """Path of each subsection, with a note about all its keys."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return the group with only its expert keys, or only its other keys."""
+        """Return the group with only its expert keys (rarely used keys), or with only its other keys."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -119,7 +119,8 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Yield path and note of each subsection: the field's docstring and, once, the class docstring."""
+    """Yield path and note of each subsection. The note is the field's docstring and, where a class first occurs, the
+    class docstring."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue

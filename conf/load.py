@@ -73,7 +73,8 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """Hydra's defaults list: later entries override earlier ones. `_following` moves typed groups after the recipe."""
+    """Hydra's defaults list: later entries override earlier ones. `_following` moves the groups on the command line
+    behind the recipe."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -104,7 +105,7 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another one, as in `${KEY}`, except data.cache's default."""
+    """Whether a setting refers to another one, as in `${KEY}`. The default of data.cache does not count."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
@@ -166,8 +167,8 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:
-    """Return data.hold_out_by of the existing run, or of the run that resume or init_from names. Another rule would
-    validate on training documents."""
+    """Return data.hold_out_by of the existing run, or of the run that resume or init_from names. With another value,
+    validation would use training documents."""
     folders = [Path(config.runs, config.name)]
     for given in (config.resume, config.init_from):
         folder = Path(given or "").expanduser()
@@ -215,7 +216,7 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf about `words` to UserError."""
+    """Context manager that converts errors of Hydra and OmegaConf about the arguments `words` to UserError."""
     check_words(words)
     try:
         yield
@@ -241,7 +242,7 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Wrap Hydra's composition: typed groups override the recipe."""
+    """Wrap Hydra's composition, so that groups on the command line override the recipe."""
 
     @wraps(load)
     def load_typed(

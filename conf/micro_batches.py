@@ -40,7 +40,7 @@ def most_micro_batches(config: Config) -> int:
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Return all numbers of micro-batches of a rank, over the ramp."""
+    """Return every number of micro-batches that a rank has in a step, for all batch sizes of the run."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
@@ -55,8 +55,8 @@ def batch_unit(config: Config) -> int:
 def choose_micro_batch_size(config: Config) -> int:
     """Return the largest valid micro-batch size; 1 if no size is valid.
 
-    A valid size divides a rank's share of every batch size, keeps a forward pass within MICRO_BATCH_TOKENS, and gives
-    the schedule enough micro-batches.
+    A valid size divides the number of a rank's sequences in every batch, keeps a forward pass within
+    MICRO_BATCH_TOKENS, and gives the schedule enough micro-batches.
     """
     batches, parallel = batch_sizes(config), config.parallel
     whole = math.gcd(*batches)

@@ -1,7 +1,7 @@
 """The optimizers: state per weight, memory and memory traffic. Imports no torch.
 
-Other code reads this table, and never compares names. A new optimizer needs an entry here, its update in
-train/optim/optimizer_classes.py, and the reference update in train/prove/updates.py.
+Other code reads the properties in OPTIMIZERS, and never compares names of optimizers. A new optimizer needs an entry
+here, its update in train/optim/optimizer_classes.py, and the reference update in train/prove/updates.py.
 """
 
 import re
@@ -55,7 +55,7 @@ class OptimizerFacts:
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
-        """Return the rule of a weight by global name and dimensions."""
+        """Return the update rule of a weight from its global name and its number of dimensions."""
         if dims < 2:
             return self.vectors
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices

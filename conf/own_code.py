@@ -139,7 +139,7 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Context that converts exceptions of user code to UserError, before a run starts."""
+    """Context manager that converts exceptions of user code to UserError, before a run starts."""
     try:
         yield
     except UserError:
@@ -159,7 +159,7 @@ def _raised_at(error: Exception) -> str:
 
 
 def named_by(frames: traceback.StackSummary) -> str | None:
-    """Return the place of an error in user code, or None."""
+    """Return file, line and function of an error in user code, and the key that names the code; or None."""
     frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
     return (
         frame

@@ -1,7 +1,7 @@
 """The pipeline schedules: their needs and their costs. Imports no torch.
 
-Other code reads this table, and never compares names. A new schedule needs an entry here, and its order of actions in
-parallel/pipeline/orders.py.
+Other code reads the properties in SCHEDULES, and never compares names of schedules. A new schedule needs an entry
+here, and its order of actions in parallel/pipeline/orders.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -109,8 +109,8 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError if the schedule cannot run with these numbers. micro_batches: number per step and data-parallel
-    rank."""
+    """Raise UserError if the schedule cannot run with these numbers of ranks, micro-batches and layers.
+    micro_batches: number per step and data-parallel rank."""
     schedule, plain = SCHEDULES[name], SCHEDULES[PLAIN_SCHEDULE]
     each = schedule.rank_stages(virtual)
     stages = pp * each

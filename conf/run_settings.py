@@ -74,8 +74,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Return the folders that may contain the run's config.yaml: the run folder, or a named checkpoint with the two
-    folders above it."""
+    """Return the folders that may contain the run's config.yaml: the run folder or, if the user names a checkpoint,
+    this checkpoint and the two folders above it."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

@@ -334,8 +334,9 @@ class Data:
     """Chats with more tokens than a sequence: refuse (an error before the start), cut (remove the end of the chat) or
     drop (leave out the chat)."""
     reasoning: LostReasoning | None = None
-    """For chats: reasoning that the template leaves out of a turn from which the model learns. template: leave it out;
-    insert: put it in front of the content; drop: remove the reasoning of all turns; null: an error before the start."""
+    """For chats: what to do with reasoning in the data that the template does not render. template: use the rendered
+    text, without this reasoning; insert: put it in front of the turn's content; drop: remove the reasoning of all
+    turns; null: if the model learns from such a turn, raise an error before the start."""
     cut_reasoning: bool = False
     """For chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
@@ -766,7 +767,7 @@ class Hardware:
     watts: float | None = number(None, least=0)
     """Power of one device at full load, in watts; null if unknown."""
     rates_from: str = expert("rates of its own")
-    """Text about the source of the rates, which a plan prints."""
+    """Text that says where the rates come from; a plan prints it."""
     rates: dict[str, Rate] = expert(make=dict)
     """Rates of kernels and links by kind of work (train/plan/time/rates.py). A plan computes all times from these
     rates. A plan without rates needs plan.calibration."""
@@ -960,7 +961,7 @@ class Export:
     """Family of the names of fields and tensors; null: the family of the Hugging Face folder from which the run
     started, else deepseek_v3."""
     merge: bool = False
-    """Add the adapter to its base and write a complete model, instead of a PEFT adapter."""
+    """Add the adapter to the model's weights and write a complete model, instead of a PEFT adapter."""
 
 
 @dataclass
@@ -996,9 +997,9 @@ class Config:
     batch_size: int = number(16, least=1, slip=10_000_000)
     """Number of sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
-    """Number of sequences per forward pass of a rank. null: the largest divisor of a rank's share of the batch for
-    which the pass has at most 4096 tokens and the schedule has enough micro-batches. A loaded configuration always has
-    a number."""
+    """Number of sequences per forward pass of a rank. null: the largest number that divides the number of a rank's
+    sequences in a batch, keeps a forward pass within 4096 tokens, and gives the schedule enough micro-batches. A
+    loaded configuration always has a number."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if there is one), never (start a new run; an existing run is an
     error), or a checkpoint folder."""

@@ -98,7 +98,7 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""The intended value and its effect, by key and lower-case value."""
+"""Maps a key and a wrong value (in lower case) to the value that the user probably means, and text about its effect."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 NO_TENSORBOARD = "there is no TensorBoard: open report.html in the run folder, or use W&B (log.wandb)"

@@ -1,6 +1,6 @@
-"""Sizes above which code takes another path, such as a second block, bucket, page or part.
+"""Sizes above which code takes another path: for example, it then uses several blocks, buckets or pages.
 
-The sizes affect only speed, not results. mode=prove lowers them so that small tensors take both paths.
+The sizes affect only speed, not results. mode=prove lowers them so that its small tensors test both paths.
 tests/test_thresholds.py refuses such constants in other files.
 """
 
@@ -16,15 +16,16 @@ class Thresholds:
     attention_queries: int = 128
     """Number of queries in one block of attention, halved if there are fewer than four blocks."""
     attention_scores: int = 1 << 20
-    """Attention scores that a CPU computes at a time (4 MiB in fp32)."""
+    """Number of attention scores that a CPU computes at a time (4 MiB in fp32)."""
     gathered_elements: int = 1 << 26
-    """Gathered elements, or gradients, that a GPU holds at a time (256 MB)."""
+    """Number of gathered elements, or of gradient elements, that a GPU holds at a time (256 MB)."""
     gate_and_up: int = 1 << 18
-    """Elements of gate and up projections processed at a time. Their fp32 copies fit into a CPU's cache."""
+    """Number of elements of gate and up projections that are processed at a time. Their fp32 copies fit into a CPU's
+    cache."""
     fp8_gate_and_up: int = 1 << 19
-    """Elements of FP8 experts' gate and up projections processed at a time."""
+    """Number of elements of FP8 experts' gate and up projections that are processed at a time."""
     logits: int = 1 << 18
-    """Logits that a CPU processes at a time (1 MiB in fp32)."""
+    """Number of logits that a CPU processes at a time (1 MiB in fp32)."""
     matmul_tiles: int = 400
     """Minimum number of 128x128 tiles of an FP8 grouped GEMM for which a GPU program computes two adjacent tiles. With
     fewer tiles, some of the 132 multiprocessors would be idle."""
@@ -33,15 +34,15 @@ class Thresholds:
     stays_bytes: int = 1 << 10
     """Storages of at most this number of bytes are not offloaded."""
     adamw_elements: int = 1 << 18
-    """Elements that an update with bf16 moments processes at a time. Their fp32 copies stay in the cache."""
+    """Number of elements that an update with bf16 moments processes at a time. Their fp32 copies stay in the cache."""
     muon_elements: int = 1 << 24
     """Maximum elements of matrices that a rank orthogonalises together. A larger matrix is processed alone."""
     norm_row: int = 4096
     """Row length for the norm of a gradient: sums of squares are fp32 within rows, fp64 over rows."""
     base_elements: int = 1 << 26
-    """Maximum elements of a frozen base quantised together (256 MB in fp32). A larger matrix is quantised alone."""
+    """Maximum elements of frozen weights quantised together (256 MB in fp32). A larger matrix is quantised alone."""
     compared_elements: int = 1 << 24
-    """Weight elements compared at a time with their values before an update."""
+    """Number of weight elements that are compared at a time with their values before an update."""
     bucket_elements: int = 50_000_000
     """Maximum number of gradient elements that are reduced together."""
     host_page_bytes: int = 1 << 16
@@ -79,7 +80,7 @@ sizes."""
 
 @contextmanager
 def lowered() -> Iterator[None]:
-    """Context with the LOWERED sizes. Existing objects keep the sizes that they read."""
+    """Context manager that sets the sizes in LOWERED. Existing objects keep the sizes that they read."""
     before = {entry.name: getattr(THRESHOLDS, entry.name) for entry in fields(Thresholds)}
     try:
         vars(THRESHOLDS).update(vars(LOWERED))

@@ -33,12 +33,12 @@ def one_line(text: object) -> str:
 
 
 def some_of(names: Sequence[object], most: int) -> str:
-    """Return the first `most` names, and the number of the others."""
+    """Return the first `most` names as text, and how many more there are."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def steps_in_words(steps: Collection[int]) -> str:
-    """Return the range of the steps: step 7, or steps 7 to 9."""
+    """Return one or several steps as text: step 7, or steps 7 to 9."""
     first, last = min(steps), max(steps)
     return f"step {first}" if first == last else f"steps {first} to {last}"
 

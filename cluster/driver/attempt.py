@@ -30,7 +30,7 @@ class Attempt(RankWatch):
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.rings: dict[int, bytes] = {}
-        """Packed communication ring of each rank, or empty (cluster/comm_ring.py)."""
+        """Compressed communication ring of each rank, or empty (cluster/comm_ring.py)."""
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self.stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])

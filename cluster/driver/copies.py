@@ -42,14 +42,14 @@ class Shelves:
     """What the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """The nodes that store copies, nodes with ranks first. The next node with ranks (after the last, the first) stores
-    the second copy of a node's parts.
+    """The nodes that store copies, nodes with ranks first. Each node with ranks also stores the second copy of the node
+    before it; the first node stores that of the last node with ranks.
     """
     resume: str | None
     """Name of the newest complete set of copies, or None."""
     holders: list[list[int]]
-    """For every rank that wrote the set of copies `resume`: the nodes that hold this rank's part, as indexes in
-    `nodes`.
+    """For every rank that wrote the set of copies `resume`: the nodes that hold this rank's part of the state, as
+    indexes in `nodes`.
     """
     full_size: bool
     """Whether the attempt runs the full layout, whose copies must fit into memory."""
@@ -81,7 +81,7 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """Ranks whose parts a node holds, by node id and set name."""
+        """Ranks whose part of the state is on a node, by node id and name of the set of copies."""
 
     @cached_property
     def _id(self) -> str:

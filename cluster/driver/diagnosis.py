@@ -54,7 +54,7 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Return the final report of a run whose own Ray has ended."""
+    """Return the final report of a run if the Ray that the run started has ended."""
     before = f"\n  earlier: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and it cannot be replaced by another node{before}\n  newest checkpoint: {_step(saved)}\n"

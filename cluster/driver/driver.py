@@ -97,9 +97,9 @@ class Driver:
         self._known: dict[str, Node] = {}
         """All listed nodes, by id, also those that failed the checks."""
         self._overdue: dict[str, float] = {}
-        """Deadline for the answer of each node's agent. After it, UDP answers are no sign of life."""
+        """Deadline for the answer of each node's agent. After this deadline, UDP answers are no sign of life."""
         self._ask_later: set[str] = set()
-        """Nodes that are not asked before the next check of all nodes."""
+        """Nodes that the driver asks for news only after the next check of all nodes."""
         self._released: set[str] = set()
         """Draining nodes whose agents the driver has ended."""
         self._probed_from = 0
@@ -180,7 +180,7 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Return the time for UDP questions, by a clock that stops while the driver is held up."""
+        """Return the time of a clock that stops while the driver is held up. Deadlines of answers use this clock."""
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -409,7 +409,7 @@ class Driver:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve processes for later ranks on these nodes, after the current ranks."""
+        """Start reserve processes on these nodes, from which the ranks of a later attempt can start."""
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())

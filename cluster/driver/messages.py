@@ -86,7 +86,7 @@ class NodeProbed:
 
 @dataclass(frozen=True)
 class StacksPrinted:
-    """Tracebacks and packed communication rings of an attempt's ranks, by rank."""
+    """Tracebacks and compressed communication rings of an attempt's ranks, by rank."""
 
     attempt: int
     texts: dict[int, str]

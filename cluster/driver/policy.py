@@ -39,7 +39,7 @@ class Policy:
     settle: float = 1.5
     """Seconds to wait for other ranks' reports after the first failure."""
     stacks: float = 5.0
-    """Seconds to wait for the stacks of hung, but not stopped ranks."""
+    """Seconds to wait for the stack traces of hung ranks. Ranks that a signal has stopped cannot write any."""
     kill: float = 10.0
     """Seconds to wait for ranks to disappear after SIGKILL."""
     return_wait: float = 6.0

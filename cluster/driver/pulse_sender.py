@@ -32,7 +32,7 @@ class Pulse:
         self._turn: collections.deque[str] = collections.deque()
         """Nodes in the order in which the driver asks them next."""
         self._asked: dict[str, int] = {}
-        """Number of each node's newest question that it has not answered."""
+        """Number of the newest question to each node, until the node answers it."""
         self._heard: dict[str, float] = {}
         self.number = 0
         """Number of the newest question, counted over all nodes."""
@@ -68,8 +68,8 @@ class Pulse:
         return now - self._heard.get(node, -self._heartbeat) < self._heartbeat
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
-        """Ask the nodes whose question is due and for which `wanted` is true. The question confirms that the node
-        belongs to the run.
+        """Ask the nodes whose question is due, if `wanted` is true for them. A question also renews the lease of the
+        node's agent.
         """
         due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
@@ -92,7 +92,7 @@ class Pulse:
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield (node, question number) for each answer to a newest question."""
+        """Yield (node, question number) for each answer to a node's newest question."""
         for way in self._sockets.values():
             while True:
                 try:

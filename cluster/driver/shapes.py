@@ -49,8 +49,8 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all stage shapes smaller than the full layout, the best first. Only the even division of batch and experts
-    is checked.
+    """Return all stage shapes smaller than the full layout, the best first. The only checks are that batch and experts
+    divide evenly.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
@@ -81,7 +81,7 @@ class Shapes:
 
     @property
     def is_planned(self) -> bool:
-        """Whether the planner has written its result, even a problem."""
+        """Whether the planner has written its result: a plan or a problem."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:

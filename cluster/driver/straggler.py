@@ -35,7 +35,7 @@ LEAST_SECONDS = 0.01
 COUNTED_SECONDS = 1e-9
 """Lower bound of a step's seconds, for a finite logarithm."""
 LONE_FACTOR = 2.0
-"""Minimum factor for a rank that is alone in its stage and compared with other stages, whose work may differ."""
+"""Minimum slowdown factor of a rank that is alone in its stage. Its peers then have stages whose work may differ."""
 
 
 @dataclass(frozen=True)

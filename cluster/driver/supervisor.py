@@ -66,7 +66,7 @@ class Supervisor:
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """Time before which no node can be late."""
+        """Time before which the supervisor does not count a silent node as lost."""
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
@@ -76,7 +76,7 @@ class Supervisor:
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """Time until which the supervisor waits for stacks of a late run, or None."""
+        """Time until which the supervisor waits for stack traces of a run that is silent for too long, or None."""
         self._quiet_since = now
         """Time of the ranks' last progress before the judged failure."""
         self._again_until: int | None = None
@@ -221,8 +221,10 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Reset the failure budgets if the run has saved a later step than any that this launch had saved before. age:
-        newest saved state."""
+        """Reset the failure budgets if the run has saved a later step than any that this launch had saved before.
+
+        age: attempt and step of the newest saved state.
+        """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
             self._spent.clear()
@@ -368,7 +370,7 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Name the ranks that block a late run. Returns whether it acted."""
+        """Warn about the ranks that block a run, if it is silent for too long. Returns whether it did anything."""
         attempt = self.current
         if attempt.is_late(now):
             attempt.name_late()

@@ -44,9 +44,9 @@ class TimeSplit:
     """Number of nodes with ranks in the newest attempt."""
     spares: int = 0
     effective_seconds: float = 0.0
-    """Training seconds x working ranks / wanted ranks."""
+    """Effective training time: training seconds x working ranks / wanted ranks."""
     held_seconds: float = 0.0
-    """Driver seconds x max(1, occupied nodes including spares / nodes of the full layout)."""
+    """Time of occupied nodes: driver seconds x max(1, occupied nodes including spares / nodes of the full layout)."""
 
     @property
     def seconds(self) -> float:
@@ -75,7 +75,7 @@ class TimeSplit:
 
 
 class _Clockwork:
-    """Assigns each interval between events to a part."""
+    """Assigns each interval between two events to a part of the wall time (`TimePart`)."""
 
     def __init__(self) -> None:
         self.split = TimeSplit()
@@ -90,7 +90,7 @@ class _Clockwork:
         """
 
     def switch(self, now: float, part: TimePart | None) -> None:
-        """End the current part now and begin another."""
+        """End the current part of the wall time now, and begin another one."""
         length = now - self._since
         if self._part is not None and length > 0:
             split = self.split

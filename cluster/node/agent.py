@@ -84,11 +84,12 @@ class Answer:
     stacks: dict[int, str] = field(default_factory=dict)
     """Stacks that have arrived since the last request, by rank."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """Packed communication rings by rank, in the first answer after a request for stacks."""
+    """Compressed communication rings by rank, in the first answer after a request for stacks."""
     held: dict[str, list[int]] = field(default_factory=dict)
-    """In-memory copies of the state: ranks with complete parts, by set of copies."""
+    """In-memory copies: ranks whose part of the state is complete, by set of copies."""
     clock_set: float = 0.0
-    """Seconds by which the node's clock was set ahead since the driver's check. Times in `ranks` ignore this."""
+    """Seconds by which the node's clock was set ahead since the driver's check. The times in `ranks` do not
+    contain this change."""
     free_bytes: float = math.inf
     """Free bytes in the folder for temporary files."""
     leaving: bool = False
@@ -362,7 +363,7 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
-        """End the ranks, reserve processes and servers. Copies remain in memory."""
+        """End the ranks, reserve processes and servers. The copies of the state remain in memory."""
         self._closed.set()
         if self._echo is not None:
             self._echo.close()

@@ -71,7 +71,7 @@ class SetId:
 
 
 def held(folder: Path) -> dict[str, list[int]]:
-    """Return the ranks with complete parts, for each set of copies."""
+    """Return, for each set of copies, the ranks whose part of the state is complete."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
         with contextlib.suppress(FileNotFoundError):  # a rank is removing this set
@@ -83,7 +83,7 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove the sets of this and earlier attempts, except `keep`."""
+    """Remove the sets of copies of this attempt and of earlier attempts, except the sets `keep`."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
@@ -114,7 +114,7 @@ class OpenedCopy:
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result."""
+    """Convert an error of `Store` to an OpenedCopy, which explains the problem."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",
@@ -278,8 +278,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE. A PUT removes other sets of this and earlier attempts, except the set that the
-    header X-Keep names.
+    """Handles PUT and GET of /SET/FILE. A PUT removes the other sets of copies of this attempt and of earlier attempts,
+    except the set that the header X-Keep names.
     """
 
     protocol_version = "HTTP/1.1"
@@ -356,7 +356,7 @@ class _Handler(BaseHTTPRequestHandler):
         return start, max(0, min(int(match[2]) + 1, whole) - start)
 
     def _admit(self) -> re.Match[str] | None:
-        """Return the parts of the request's path. For a wrong token or path, send an error and return None."""
+        """Match the request's path (/SET/FILE). For a wrong token or path, send an error and return None."""
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
@@ -393,11 +393,11 @@ class Peer:
             self._ask("PUT", f"/{name}/{path.name}", headers, file)
 
     def get(self, name: str, file: str) -> bytes:
-        """Return the content of a file in the set `name`."""
+        """Return the content of a file in the set of copies `name`."""
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:
-        """Read bytes of a file in the set `name` into `view`, from byte `position`. Returns their number."""
+        """Read a file of the set of copies `name` into `view`, from byte `position`. Returns the number of bytes."""
         headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
         body = self._ask("GET", f"/{name}/{file}", headers)
         view[: len(body)] = body

@@ -29,7 +29,7 @@ class NetworkProbe:
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Ended measurements by other nodes for which `play` has not waited."""
+        """Number of ended measurements by other nodes. `play` waits until it is above 0, and reduces it by 1."""
 
     def listen(self, address: str) -> int:
         """Start the server on this address. Returns its port."""

@@ -71,7 +71,7 @@ class Facts:
     clock: float
     gpus: int
     device_bytes: int
-    """Memory of the node's smallest device in bytes; on CPU, a rank's share."""
+    """Memory of the node's smallest GPU in bytes; without GPUs, the node's memory / number of ranks."""
     free_bytes: int
     """Free bytes in the folder for temporary files."""
     storage: str
@@ -122,7 +122,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return the run folder's problem (or empty), and the digest of the recipe in it."""
+    """Return text about a problem with the run folder (or empty), and the digest of the recipe in the folder."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()
@@ -149,7 +149,7 @@ def _gpu_bytes() -> list[int]:
 
 
 class Preflight:
-    """The driver's part of the checks: questions, and problems in answers."""
+    """Makes the driver's questions to the nodes, and finds problems in their answers."""
 
     def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
         """Write the file that the nodes must read. key: key of the UDP questions. targets: import paths of user code."""
