@@ -108,6 +108,11 @@ def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
         (["name=nobody"], "name", "must be a run with a checkpoint"),
         (["generate.checkpoint={}/nowhere"], "generate.checkpoint", "does not exist"),
         (["generate.checkpoint={}/corpus"], "generate.checkpoint", "it has no manifest.json"),
+        (
+            ["generate.checkpoint={}/adapter"],
+            "generate.checkpoint",
+            "set generate.checkpoint to its base, and adapter.path=",
+        ),
         (["generate.checkpoint={}/other.json"], "generate.checkpoint", "it is a file"),
         (["generate.checkpoint={}/corpus"], "generate.checkpoint", "or a Hugging Face folder with its config.json"),
         (["data.tokenizer={}/other.json", "generate.prompt=a"], "data.tokenizer", "its fingerprint differs"),
@@ -118,6 +123,8 @@ def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
 )
 def test_command_line_are_named(trained, overrides, field, words):
     (trained / "other.json").write_text(train_bpe(["another text altogether"], 300))
+    (trained / "adapter").mkdir(exist_ok=True)
+    (trained / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError) as caught:
         say(trained, *(override.format(trained) for override in overrides))
     assert caught.value.field == field and words in f"{caught.value.rule}; {caught.value.cure}"

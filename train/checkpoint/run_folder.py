@@ -214,6 +214,8 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
         cure = "give a checkpoint (runs/NAME/checkpoints/step_N) or a run (runs/NAME)"
         if field in ("evaluate.checkpoint", "generate.checkpoint", "init_from", "score.checkpoint"):
             cure += ", or a Hugging Face folder with its config.json"
+        if given and (Path(given) / "adapter_config.json").is_file():
+            cure = f"this is an adapter: set {field} to its base, and adapter.path={given}; or export its run with export.merge=true"
         raise UserError(field, error.value, error.rule, cure) from error
     if found is None:
         raise UserError(
