@@ -102,7 +102,7 @@ class Interrupts:
         interrupt(number, frame)
 
     def _dropped(self, found: Any) -> None:
-        """Handle an error that no code can catch."""
+        """Handle an error that Python cannot raise (sys.unraisablehook)."""
         if isinstance(found.exc_value, KeyboardInterrupt):
             if self._ended:
                 return

@@ -200,8 +200,9 @@ def _keep(
     stacks: dict[int, str],
     seconds: float = 0.0,
 ) -> Cause:
-    """Write the incident to disk, and return `cause` with the incident's screen appended to `Cause.log`. For wrong
-    input, or without recorded communication, return `cause`.
+    """Write the incident to disk. Returns `cause` with the text of the incident appended to `Cause.log`.
+
+    For wrong input, or without recorded communication, writes nothing and returns `cause` unchanged.
     """
     if not traces or cause.kind is Kind.user:
         return cause

@@ -36,10 +36,10 @@ def patience_of(cluster: Cluster) -> "Patience":
 class Patience:
     """Observed times of a run in seconds, and the limits derived from them.
 
-    hang_after: upper bound of the limits during steps
-    start_timeout: upper bound of the limits in other phases
-    kill_after: minimum time without progress before the run is ended; None for the defaults
-    timeout: lower bound of kill_after in a save, an upload or a callback
+    hang_after: maximum of every limit during steps
+    start_timeout: maximum of every limit in other phases
+    kill_after: the run is not ended earlier than after this time without progress; None: KILL_ON_CPU or KILL_ON_GPU
+    timeout: minimum of `kill_after` in a save, an upload or a callback
     """
 
     def __init__(

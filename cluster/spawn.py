@@ -53,10 +53,11 @@ def spawn(
 
 
 class ForkedProcess:
-    """A child forked from this process, with its imported modules and the methods of Popen that cluster/local.py uses.
+    """A child process that is forked, so it has the parent's imported modules. Its methods are those of Popen that
+    cluster/local.py uses.
 
-    It dies with its parent. The parent must not have computed anything: OpenMP threads and GPU contexts do not survive
-    a fork.
+    The child dies with its parent. The parent must not have computed anything: OpenMP threads and GPU contexts do not
+    survive a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):

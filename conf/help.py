@@ -103,7 +103,7 @@ def option_groups() -> list[str]:
 
 
 def option_line(path: Path) -> str:
-    """Return the first comment line of an option's file, without directives such as @package; empty if there is none."""
+    """Return the first comment line of an option's file that is no directive (such as @package), or an empty string."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 

@@ -579,9 +579,9 @@ FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatch
 class Fp8:
     """The FP8 recipe (paper 3.3). The format of an operand is FORMAT/GRANULARITY/SCALE.
 
-    FORMAT: e4m3 or e5m2. GRANULARITY is the values that share a scale: 1x128 (128 values along the contraction, which
-    is 1x128 in Fprop and Dgrad, and 128x1 in Wgrad), 1x32 (32 values along the contraction, only with pow2, and on GPUs
-    only on Blackwell), 128x128 (a block), row (the whole contraction) or tensor. SCALE: fp32, or pow2 (a power of two).
+    FORMAT: e4m3 or e5m2. SCALE: fp32, or pow2 (a power of two). GRANULARITY names the values that share a scale. 1x128:
+    128 values along the axis over which the GEMM sums. 1x32: 32 values along this axis; only with pow2, and on GPUs
+    only on Blackwell. 128x128: a block. row: all values along the axis. tensor: all values.
     """
 
     activation: str = "e4m3/1x128/fp32"

@@ -76,7 +76,7 @@ def escaped(value: Any) -> Any:
 
 
 def yaml_error(error: Exception, path: Path | None = None) -> UserError:
-    """Return a UserError for an exception of UNREADABLE. path: file, unless the error names it."""
+    """Return a UserError for an exception of UNREADABLE. path: the file, if the error does not name it."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""

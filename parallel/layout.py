@@ -74,7 +74,7 @@ class Layout(RankCounts):
 
     @property
     def ep_ranks_per_node(self) -> int:
-        """Ranks of one expert group on a node, equal for all nodes and groups."""
+        """Number of ranks of one expert group on one node. It is the same for all nodes and groups."""
         inside = min(self.ep, self.ranks_per_node)
         if self.ep % inside or self.ranks_per_node % inside:
             raise UserError(

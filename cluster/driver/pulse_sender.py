@@ -13,7 +13,7 @@ from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_dat
 QUESTION_TRIES = 5
 """Minimum number of questions to a node during one heartbeat."""
 OFTEN = 1.0
-"""Maximum seconds between questions to a node; a probe takes several times as long."""
+"""Maximum seconds between two questions to a node."""
 QUESTIONS_AT_ONCE = 200
 """Maximum number of questions sent at once, because the socket's buffer must hold all answers."""
 

@@ -20,14 +20,14 @@ class ActionRecord:
     kind: str
     """F (forward), B (backward), I (backward of inputs), W (backward of weights) or FB (overlapped pair)."""
     stage: int
-    """Index of the stage; for FB, of its forward's stage."""
+    """Index of the stage. For FB, the stage of the forward."""
     micro_batch: int
-    """Index of the micro-batch; for FB, of its forward's micro-batch."""
+    """Index of the micro-batch. For FB, the micro-batch of the forward."""
     start: float
     """Seconds since the step began on this rank."""
     seconds: float
     backward: tuple[int, int] | None = None
-    """For FB: stage and micro-batch of its backward; otherwise None."""
+    """For FB: stage and micro-batch of the backward; otherwise None."""
 
 
 @dataclass

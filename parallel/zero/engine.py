@@ -289,7 +289,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter, from its first chunk."""
+    """Return the global name of every parameter. If two chunks share a parameter, the first chunk gives the name."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():

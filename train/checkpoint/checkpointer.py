@@ -27,14 +27,14 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""The next save waits this fraction of the timeout for an unfinished save, and then gives it up.
+"""The next save waits this fraction of the timeout for an unfinished save, and then abandons it.
 
 Below 1, because other ranks may already wait for this rank.
 """
 GRACE = 0.1
-"""Fraction of the timeout after which a given-up save counts as stuck."""
+"""If an abandoned save has not ended after this fraction of the timeout, it counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum number of seconds after which a given-up save counts as stuck (see GRACE)."""
+"""Seconds that an abandoned save has at least before it counts as stuck, even if GRACE is less."""
 MOST_STUCK = 2
 """Maximum number of stuck saves, which occupy buffers."""
 

@@ -62,7 +62,7 @@ INDEX_SHARING = (
 )
 """Fields that tell which layers have an indexer (`full`), and which use keys of an earlier layer (`shared`)."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields with one allowed value that only transformers would apply."""
+"""Fields that Sluice does not read, although the library transformers would. Each must have this value."""
 READ_APART = (
     "architectures",
     "model_type",

@@ -122,7 +122,7 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """Return the number of MTP modules: layers from index `layers` on that have MTP's tensors."""
+    """Return the number of MTP modules. They are stored as further layers; the first has the index `layers`."""
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
         found += 1

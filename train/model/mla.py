@@ -113,8 +113,8 @@ class MLA(nn.Module):
     ) -> tuple[IndexVectors | None, Tensor | None]:
         """Return the indexer's vectors, and the keys that each local query attends to.
 
-        The vectors are None if this layer's indexer does not learn. The keys are None if a query attends to all visible
-        keys.
+        The vectors are None if this layer's indexer does not learn. The chosen keys are None if every query attends to
+        all its visible keys.
         """
         sparse, choices = self._config.sparse, positions.choices
         learns = self.indexer is not None and self.training and choices.weight > 0

@@ -50,14 +50,14 @@ class SaveCosts:
     """Seconds from when training continues until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Returns the effective share. interval: seconds of training between checkpoints."""
+        """Returns the fraction of the time that trains. interval: seconds of training between checkpoints."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
 
     @property
     def best_interval(self) -> float:
-        """The interval between checkpoints with the largest effective share.
+        """The interval between checkpoints with the largest fraction of training time.
 
         x = (T + s) / M solves x = 1 + s / M - exp(-x), with the symbols at the top of this file. Newton's iteration
         approaches x from above.
@@ -92,10 +92,11 @@ class Failures:
     interval_seconds: float
     """Seconds from one checkpoint or in-memory copy to the next."""
     effective_share: float
+    """Fraction of the time that trains: without lost steps, restarts and checkpoints."""
     best_steps: int | None
     """Advised number of steps between checkpoints; None if hardware.storage_bandwidth is unknown."""
     best_share: float | None
-    """Effective share if the run saves every best_steps steps."""
+    """`effective_share` if the run saves every best_steps steps."""
     spare_nodes: int
     """Number of spare nodes that is enough in the fraction COVERED of the time."""
 

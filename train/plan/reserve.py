@@ -51,7 +51,7 @@ FRAGMENTATION = 0.02
 
 
 def reserve_of(config: Config) -> dict[str, int]:
-    """Returns a device's reserved bytes by name. plan.reserve replaces the estimate."""
+    """Returns the reserved bytes of a device by purpose: an estimate, or the value of plan.reserve."""
     if device_kind(config) == "cpu":
         return {}
     if config.plan.reserve is not None:

@@ -226,9 +226,8 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the derivative of the balance loss (paper eq. 17-20), and its possible error due to nearly equal scores.
-
-    Both are (B, T, E), with respect to an expert's fraction of a token's summed scores.
+    """Returns the gradient of the balance loss (paper eq. 17-20) for the normalised scores s' (B, T, E), and its
+    possible error due to nearly equal scores.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)

@@ -41,7 +41,7 @@ class PlainUpdate:
     """Maximum number of fp32 roundings for each kind of state, including 16 from the clip factor. The second
     moment has twice as many."""
     is_whole: bool = False
-    """Whether updates need complete matrices, and are repeated in fp64."""
+    """Whether an update needs complete matrices. Then the check repeats the update in fp64."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:

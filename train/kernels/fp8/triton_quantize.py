@@ -410,8 +410,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """Applies `quantize_tiles` with the first cast, then `quantize_columns` with the second cast to the result. The
-    casts must have the same format.
+    """Quantises x with `cast` (`quantize_tiles`), then quantises the result with `cast_t` (`quantize_columns`). Both casts
+    must have the same format.
     """
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)

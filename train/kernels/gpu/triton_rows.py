@@ -3,8 +3,8 @@
 The arithmetic is in fp32, and only the result is rounded. Differences to train/kernels/plain/plain_kernels.py come from
 the last bit of exp, the order of the sum over heads, and fused multiply-adds.
 
-liger-kernel's SwiGLU is not used: it has no gate value, and overwrites the saved [gate | up]. torch.compile is not
-used: it would recompile for each row count of the experts.
+liger-kernel's SwiGLU is not used: it cannot multiply by the router's gate value, and overwrites the saved [gate | up].
+torch.compile is not used: it would recompile for each row count of the experts.
 
 The module needs triton; train/kernels/gpu/fused_rows.py allocates the outputs. Shapes as in train/model/operations.py.
 """

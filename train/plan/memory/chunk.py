@@ -177,7 +177,7 @@ class ChunkMemory:
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
         """Yields the parts in backward order, each with the memory of its pass and the live bytes outside of the pass.
 
-        run_of: function that returns the memory of a part's pass; its second argument is `held` of `trace_backward`
+        run_of: function (part, held) that returns the memory of the part's backward; held: see `trace_backward`
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h

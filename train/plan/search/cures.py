@@ -75,7 +75,7 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 
 @dataclass(frozen=True)
 class FasterSplit:
-    """A split of layers into stages with a faster step than the plan's.
+    """Another split of the layers into stages, which makes the step faster than planned.
 
     room_bytes: free bytes of the fullest device; negative if memory is lacking
     """
