@@ -30,6 +30,7 @@ from tests.model.parity import randomise
 from tests.small import arguments
 from tests.test_layouts import everything
 from train.checkpoint.stored_weights import load_hf_model
+from train.checkpoint.trained_with import require_model
 from train.data.tokenizer import load_tokenizer
 from train.hf.config import read_model
 from train.hf.families import HARMLESS
@@ -306,3 +307,5 @@ def test_an_adapter_gets_no_fresh_indexers(tmp_path, dense_folder):
         with pytest.raises(UserError) as error:
             start(config, tokenizer)
         assert "set model.sparse.heads=0" in error.value.cure
+    meta = {"config": {"model": {"sparse": {"heads": 0, "head_dim": 64}}}}  # of a dense model the width is not read
+    require_model(compose(*arguments(tmp_path)), tmp_path, meta)

@@ -41,7 +41,7 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any], adds_i
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
     sparse = stored.get("sparse") or {}
-    if sparse.get("heads") or not adds_indexers:
+    if sparse.get("heads") or (config.model.sparse.heads and not adds_indexers):
         keys = ("heads", "head_dim", "interleaved", "pattern")
         now = config.model.sparse
         differ |= {f"sparse.{key}": sparse[key] for key in keys if sparse.get(key, ...) not in (..., getattr(now, key))}
