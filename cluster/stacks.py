@@ -101,8 +101,8 @@ def own_stacks() -> str:
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
     """Return the stacks that a rank wrote since the request; None before they are complete.
 
-    native: whether to add native threads' stacks if the rank waits for no other rank. pystack then stops it for about a
-    second.
+    native: whether to add the native stacks of the threads. pystack stops the rank for about a second to read them, so
+        they are added only if the rank waits for no other rank.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)

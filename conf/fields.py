@@ -24,8 +24,8 @@ class Bounds:
     most: float = math.inf
     below: float = math.inf
     slip: float = dataclasses.field(default=math.inf, compare=False)
-    """A value above this bound is certainly a mistake. The key's rule leaves this bound out; only the error for such a
-    value names it."""
+    """A value above this bound is certainly a mistake. Help texts do not show this bound; the error for a larger value
+    does."""
     what: str = ""
     """What the number is, as text for the error, such as `a share`. If empty, the error contains only the bounds."""
 

@@ -193,8 +193,8 @@ TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
     """Return the JSON value in a file. Raises UserError if its type is not `kind`.
 
-    field, value, cure: content of this error. Without `value`, the error names the path. For a disk error, the cure is
-    that of `cure_of_reading`.
+    field, value, cure: content of the error. If `value` is None, the error names the path. If the disk fails, the error
+    has the cure of `cure_of_reading`.
     """
     try:
         return parse_json(read_plain_text(path), kind)

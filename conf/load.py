@@ -230,7 +230,7 @@ def _reworded(word: str) -> str:
     """Return the argument in the form that Hydra needs.
 
     - `name=[a,b]`, several runs for mode=report, becomes text.
-    - `optim=muon` becomes optim.name=muon, because the options of group optim are schedules.
+    - `optim=muon` becomes optim.name=muon, because the files of the group optim are schedules, not optimizers.
     - `conf=NAME.yaml` becomes conf=NAME.
     """
     key, _, value = word.partition("=")

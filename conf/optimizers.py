@@ -61,7 +61,7 @@ class OptimizerFacts:
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Return the largest bytes of state per weight element."""
+        """Return the number of bytes of state per weight element, for the update rule with the most."""
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:

@@ -654,8 +654,8 @@ class Checkpoint:
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
     keep_best: bool = False
-    """Save a checkpoint after each validation with the lowest held-out loss so far (log.validate_every), and keep it;
-    best.json names it."""
+    """If a validation (log.validate_every) has the lowest held-out loss so far, save a checkpoint and keep it; best.json
+    names it."""
     weights_every: int = number(0, least=0)
     """Interval, in steps, at which a run writes its weights as a Hugging Face folder, like mode=export, also at the
     last step. The two newest folders are kept, and NAME/weights/newest links to the newest (train/docs/fine_tuning.md).

@@ -93,7 +93,7 @@ class RankNotes:
 
 
 def refuse_pickles() -> None:
-    """Make torch's object collectives raise in this process, also in torch and DeepSpeed."""
+    """Make torch's object collectives raise an error in this process, even if torch or DeepSpeed calls them."""
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
         assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name}"
         setattr(distributed_c10d, name, _refuse)

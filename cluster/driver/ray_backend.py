@@ -43,7 +43,7 @@ CONNECT_LIMIT = 5
 CONNECT_TRIES = "8"
 """Maximum number of tries to connect to a reachable head, one per second."""
 HEAD_START = "60"
-"""Maximum seconds in which the head of the Ray that this run starts must be ready. Ray's default is 30."""
+"""If this run starts Ray: maximum seconds until Ray's head must be ready. Ray's default is 30."""
 HEAD_LIMIT = 1
 """Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3

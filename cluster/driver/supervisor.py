@@ -37,7 +37,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Maximum fraction of a heartbeat between two ticks. A longer time counts as sleep of the driver."""
+"""If the driver runs no tick for longer than this fraction of a heartbeat, it counts as suspended in that time."""
 SHOWN_NODES = 8
 """Maximum number of idle nodes that a sentence names."""
 

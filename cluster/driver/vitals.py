@@ -20,7 +20,7 @@ class _Vitals:
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which the node's clock was set ahead since the check, as last reported, or 0."""
+    """Last reported number of seconds by which somebody has set the node's clock ahead since the start check."""
     full: bool = False
     niceness: int = 0
 

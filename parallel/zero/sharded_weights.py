@@ -247,7 +247,7 @@ def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
 
 
 def _node_of(param: nn.Parameter, shape: tuple[int, ...]) -> Node:
-    """Return the autograd node that accumulates the parameter's gradient, even if GEMMs add to it.
+    """Return the autograd node that accumulates the parameter's gradient. It runs even if GEMMs add to the gradient.
 
     All graphs use the same node while code holds a reference to it.
     """

@@ -48,7 +48,7 @@ class Times:
     job: StepTime | None
     """Time of the job's step on the job's hardware; None without rates."""
     piece: ExpectedTimes | None
-    """Times of the part of the job that the dry run runs; None if the rates are of another device."""
+    """Expected times of the dry run itself; None if the kernel rates belong to another device."""
     whole: ExpectedTimes | None
     """Times of this rank alone, with all layers at full width.
 

@@ -47,7 +47,7 @@ class SaveCosts:
     stall: float
     """Seconds that training waits at each checkpoint."""
     write: float
-    """Seconds from when training continues until the checkpoint is complete."""
+    """Seconds that a checkpoint is still being written after training has continued."""
 
     def effective(self, interval: float) -> float:
         """Returns the fraction of the time that trains. interval: seconds of training between checkpoints."""

@@ -122,5 +122,5 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
 
 
 def share_of_bound(error: float, bound: float) -> float:
-    """Returns error / bound; infinite if only the bound is 0."""
+    """Returns error / bound; if the bound is 0, infinity for an error above 0."""
     return error / bound if bound else (math.inf if error else 0.0)

@@ -317,7 +317,7 @@ def _fill(shard: Shard, whole: Tensor) -> None:
 
 
 class _Stop(StopRequest):
-    """Replaces the handler of stop signals: only mode=prove stops the run."""
+    """Replaces the handler of stop signals. The proof decides when the run stops."""
 
     def __init__(self) -> None:
         self.signal, self.has_stepped = None, False

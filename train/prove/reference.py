@@ -263,7 +263,7 @@ class PlainModel:
     ) -> Tensor:
         """Returns the sum of -log softmax(head state)[target] over all learnt targets, divided by `learnt`.
 
-        - learnt: number of the main model's targets, also at MTP depths (eq. 24).
+        - learnt: number of the main model's targets. The losses of MTP are divided by it too (eq. 24).
         - alone: whether the head gets no gradient from this loss.
         """
         head_VD = self.weights["head.weight"]

@@ -167,7 +167,7 @@ class HeldWeights:
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
         """Returns a weight's stored operand, or builds it.
 
-        name: result of the method `name`. rule, transposed: see `Fp8Engine.operand`.
+        name: identifier of the weight, from the method `name`. rule, transposed: see `Fp8Engine.operand`.
         """
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)

@@ -6,8 +6,8 @@ of
 
     own_i       tensors that part i keeps for its backward, besides its input
     x_i         input of part i, kept for backward; the pipeline stage also holds x_0 and x_n
-    sent_i      the offloaded tensors among own_i; they leave the device when the next part that offloads ends, and
-                return before the backward of part i
+    sent_i      the offloaded tensors among own_i. They leave the device at the end of the next part with offloading,
+                and return before the backward of part i
     E           the embedding's output, if MTP modules need it; in the first chunk E is x_0
     dx_i, dE    gradients of x_i and E, while backward uses them
 

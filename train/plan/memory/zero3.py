@@ -144,7 +144,7 @@ class Zero3Memory:
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights of each unit. The first unit, the model itself, has no weights."""
+        """Weights of each unit. The first unit is the whole model; all weights belong to other units."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}

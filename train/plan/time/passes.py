@@ -36,7 +36,10 @@ class ElapsedTime:
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of one pass alone. taken: fraction of the device that a running transfer uses."""
+    """Returns the time of a pass that overlaps with no other pass.
+
+    taken: fraction of the device that a running transfer uses
+    """
     seconds = exposed = 0.0
     for segment in segments:
         beside = _compute(0.0, segment.beside, segment.transfer, taken)

@@ -35,7 +35,7 @@ class Spread:
     high_bytes: int
     """Bytes per combined row in forward, in the activation dtype."""
     high_gradient_bytes: int
-    """Bytes per combined row in backward, with its gates' gradients."""
+    """Bytes per combined row in backward, with the gradient of the row's gate value."""
     inside: float
     """Messages of a token to other ranks of its node."""
     across: float
