@@ -255,6 +255,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (base, lambda: changed(use_dora=True), "use_dora must be False"),
         (base, lambda: changed(peft_type="IA3"), "peft_type must be LORA"),
         (base, lambda: changed(rank_pattern={"q_b_proj": 4}), "rank_pattern must be"),
+        (base, lambda: changed(init_lora_weights="pissa_niter_4"), "which changes the base weights"),
         (
             base,
             lambda: stored(**{"base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.ones(1)}),

@@ -107,6 +107,11 @@ With these values the adapter computes y = W x + scale B A x.
 """
 
 
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which PEFT leaves the base weights as they are. PiSSA, OLoRA, CorDA, LoftQ and
+LoRA-GA change them when PEFT loads the adapter."""
+
+
 class AdapterFolder(NamedTuple):
     """An adapter folder that was checked and fits the model."""
 
@@ -142,6 +147,9 @@ def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
     for key, value in PEFT_FIXED.items():
         if (found := body.get(key, value)) not in (value, None):
             raise folder.refuse(f"{key} must be {value}, and is {found!r:.80}", "give a plain LoRA adapter of one rank")
+    if (start := body.get("init_lora_weights")) not in KEEPS_BASE:
+        rule = f"init_lora_weights is {start!r:.80}, which changes the base weights"
+        raise folder.refuse(rule, "save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA")
     rank, alpha = body.get("r"), body.get("lora_alpha")
     if not isinstance(rank, int) or rank is True or rank < 1:
         raise folder.refuse(f"r must be a rank of at least 1, and is {rank!r:.80}", "export it again")
