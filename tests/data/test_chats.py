@@ -399,6 +399,30 @@ def test_a_row_is_the_same_chat_in_parquet_and_in_jsonl(tmp_path):
     }
 
 
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("tools", ["[]", "null", "", [], None])
+def test_a_chat_without_tools_may_say_so_in_json(tools):
+    """In data sets whose tools are texts of JSON, the text of a chat without tools is [] or null."""
+    assert read_chat({"messages": TURNS, "tools": tools}, "here", "data.path").tools is None
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (json.dumps(TURNS).replace("q", "\\ufdd0"), "U\\+FDD0"),
+        (json.dumps(TURNS).replace("q", "\\ud800"), "lone surrogate"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_texts_of_json_are_checked_like_their_record(text, rule):
+    """An escaped mark of a turn in a text of JSON would otherwise move the learnt tokens."""
+    for record in ({"messages": text}, {"messages": TURNS, "tools": text}):
+        with pytest.raises(UserError, match=rule):
+            read_chat(record, "here", "data.path")
+
+
 def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenizer, tmp_path, capsys):
     records = generated(30)
     records[4]["messages"].append({"role": "assistant", "content": "five " * 200})

@@ -42,6 +42,8 @@ LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
 """Matches reasoning and the content after it. The opening <think> may be missing."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
 """Columns to read from a Parquet file, if they exist."""
+NO_TOOLS = (None, "", "[]", "null", [], {})
+"""Values of `tools` in a chat without tools. Data sets whose tools are JSON texts have the texts."""
 PLACE_MARKS = "\ufdd0\ufdd1"
 """Two Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
@@ -94,11 +96,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
 
     if not isinstance(record, dict):
         raise refuse(f"is a {type(record).__name__}, and must be an object", "write one object per line")
-    record = without_nulls(record)
-    written = "".join(_texts(record))
-    if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):
-        raise refuse("is not Unicode text: it has a lone surrogate, or U+FDD0 or U+FDD1", "correct or remove it")
-    skip = 0
+    record, skip = without_nulls(record), 0
     if "messages" in record:
         messages = _list(record["messages"], "messages", refuse)
     elif "prompt" in record and "completion" in record:
@@ -113,7 +111,10 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
             f"has none of messages, prompt with completion, and conversations; only: {', '.join(list(record)[:8])}",
             "write chats in one of these forms (train/docs/fine_tuning.md)",
         )
-    tools = _list(record["tools"], "tools", refuse) if record.get("tools") else None
+    tools = None if record.get("tools") in NO_TOOLS else _list(record["tools"], "tools", refuse)
+    written = "".join(_texts([messages, tools]))
+    if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):
+        raise refuse("is not Unicode text: it has a lone surrogate, or U+FDD0 or U+FDD1", "correct or remove it")
     found = [_message(one, number, refuse) for number, one in enumerate(messages)]
     learnt = [
         message["role"] == "assistant" and weight and number >= skip for number, (message, weight) in enumerate(found)
@@ -146,7 +147,7 @@ def _list(value: Any, key: str, refuse: Any) -> list:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise refuse(f"has a text under {key!r} that is not JSON: {error}", "write a list") from error
     if not isinstance(value, list) or not value:
         raise refuse(f"has no list under {key!r}, or an empty one", f"write {key} as a list of objects")
