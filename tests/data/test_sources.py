@@ -123,6 +123,13 @@ def test_a_bad_json_line_is_named(tmp_path, line, part):
     assert str(error.value) == f"{path}:2" or "byte" in error.rule
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    """Programs on Windows begin files in UTF-8 with one."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines(["one", "two"]))
+    assert documents(path) == [("a.jsonl:1", "one"), ("a.jsonl:2", "two")]
+
+
 @pytest.mark.parametrize(
     "name, pack",
     [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.ZstdCompressor(write_checksum=True).compress)],

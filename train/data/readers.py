@@ -93,6 +93,7 @@ def read_jsonl_records(file: SourceFile, field: str) -> Iterator[tuple[str, str,
         number, size = number + 1, len(line)
         if line.strip():
             text = _decode(line, file, offset, field)
+            text = text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark, which JSON does not allow
             del line  # frees the line, which may be as large as the file
             place = f"{file.path}:{number}"
             yield f"{file.name}:{number}", place, _parse(text, place, field)
