@@ -92,6 +92,7 @@ def test_other_experts_give_what_transformers_gives_with_them(tmp_path, folder):
         [[[0, 1, 2, 2]] * LAYERS],
         [[[0, 1, 2, 8]] * LAYERS],
         [[[0, 1, 2]] * LAYERS],
+        [[[[0], [1], [2], [3]]] * LAYERS],
     ],
 )
 def test_experts_that_do_not_fit_are_named_with_their_line(tmp_path, folder, experts):

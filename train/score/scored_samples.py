@@ -133,8 +133,8 @@ def _is_choice(of_token: Any, layers: int, chosen: int, among: int) -> bool:
     return (
         isinstance(of_token, list)
         and len(of_token) == layers
-        and all(isinstance(ids, list) and len(ids) == len({*ids}) == chosen for ids in of_token)
-        and all(type(one) is int and 0 <= one < among for ids in of_token for one in ids)
+        and all(isinstance(ids, list) and all(type(one) is int and 0 <= one < among for one in ids) for ids in of_token)
+        and all(len(ids) == len({*ids}) == chosen for ids in of_token)
     )
 
 
