@@ -40,6 +40,9 @@ def write(played: Played) -> None:
         engine.forward_backward(batch, "importance_sampling")
         played.found[f"loss.{number}"] = torch.tensor(engine.update().measured.main_loss)
     assert all(len(text.tokens) == 3 for text in engine.generate(PROMPTS[:2], tokens=3, temperature=0.0))
+    for token in (-1, 10**6):
+        with pytest.raises(UserError, match="must be token ids, 0 to"):
+            engine.generate([[3], [5, token]], tokens=1)
 
 
 def test_training_takes_the_log_probabilities_of_generation(tmp_path):

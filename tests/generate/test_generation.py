@@ -89,6 +89,17 @@ def test_why_a_text_ends():
     assert caught.value.field == "generate.prompt" and f"{CONTEXT} tokens" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokens", 0), ("top_p", 0), ("top_p", 1.5), ("temperature", -1), ("temperature", float("nan"))],
+)
+def test_a_call_with_a_meaningless_setting_is_refused(field, value):
+    """Calls from Python have not passed the bounds of recipes. With tokens=0 a text would never end."""
+    with pytest.raises(UserError) as caught:
+        run(decoder_of(0), [[3]], **{field: value})
+    assert caught.value.field == field
+
+
 def test_temperature_and_top_p():
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, 9.0])
     plain = Sampler(4, temperature=1.0).probabilities(logits_V)

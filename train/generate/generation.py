@@ -42,6 +42,10 @@ class Limits:
     end_ids: frozenset[int]
     """Tokens that end a text."""
 
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise UserError("tokens", self.tokens, "must be at least 1", "ask for 1 token or more")
+
 
 @dataclass
 class GenerationCounts:

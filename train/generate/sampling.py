@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conf.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -19,6 +21,14 @@ class Sampler:
     """0 takes the most likely token."""
     top_p: float = 1.0
     """Tokens are drawn from the smallest set of tokens whose total probability is at least this value."""
+
+    def __post_init__(self):
+        for field, value, fits, rule in (
+            ("temperature", self.temperature, 0 <= self.temperature < torch.inf, "must be a finite number, 0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "must be above 0, and at most 1"),
+        ):
+            if not fits:
+                raise UserError(field, value, rule, "correct it, or leave it out")
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the log-softmax before the top-p cut; 0 at temperature 0."""

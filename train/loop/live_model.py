@@ -99,8 +99,11 @@ class LiveModel:
             raise UserError(
                 "prompts", len(prompts), "must be lists of one token or more", "begin prompts with a start token"
             )
+        size = self._config.model.vocab_size
+        if wrong := [token for prompt in prompts for token in prompt if not 0 <= token < size]:
+            raise UserError("prompts", wrong[0], f"must be token ids, 0 to {size - 1}", "use this model's tokenizer")
         (model,), limits = self._chunks, Limits(tokens, context, frozenset(end_ids))
-        sampler = Sampler(self._config.model.vocab_size, temperature, top_p)
+        sampler = Sampler(size, temperature, top_p)
         tap = RoutingTap(model.eval())
         try:
             decoder = Decoder(model, context)
