@@ -52,6 +52,11 @@ def test_a_question_ends_where_the_last_learnt_turn_begins():
     assert len(find_questions(documents, 1)) == 1
 
 
+def test_chats_whose_answers_are_only_a_stop_token_are_refused():
+    with pytest.raises(UserError, match="more than its stop token"):
+        find_questions(chats([(1, 0), (9, 1)], [(2, 0), (3, 0), (9, 1)]), 10)
+
+
 def test_answers_to_other_questions_are_never_their_own():
     answers = [str(number) for number in range(50)]
     moved = to_other_questions(answers)

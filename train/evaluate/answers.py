@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conf.errors import UserError
 from train.data.packing import Documents
 from train.data.tokenizer import Tokenizer
 from train.generate.decoder import Decoder
@@ -69,10 +70,13 @@ class JudgedAnswers:
 
 
 def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
-    """Returns at most `count` questions, spread evenly over the chats."""
+    """Returns at most `count` questions, spread evenly over the chats. Raises UserError if there is none."""
     found = list(_last_turns(documents))
     stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
     whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]
+    if not whole:
+        rule = "needs a held-out chat whose answer has more than its stop token, and there is none"
+        raise UserError("evaluate.answers", count, rule, "set evaluate.answers=0")
     return [whole[place * len(whole) // min(count, len(whole))] for place in range(min(count, len(whole)))]
 
 
