@@ -208,6 +208,15 @@ def test_a_broken_template_is_refused_with_its_line(tokenizer, tmp_path):
         template("{{ messages.__class__.__mro__ }}").render(chat(*QUESTION), Supervise.assistant)
 
 
+@pytest.mark.parametrize(
+    "entry", [{"template": "a"}, {"name": "default", "template": 5}, {"name": ["x"], "template": "a"}, "default"]
+)
+def test_a_list_without_a_default_template_is_refused(tokenizer, tmp_path, entry):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [entry]}))
+    with pytest.raises(UserError, match="has no chat template"):
+        load_template(None, tmp_path, tokenizer)
+
+
 @pytest.mark.parametrize("form", ["list", "files"])
 def test_chats_with_tools_have_a_template_of_their_own(tokenizer, tmp_path, form):
     """In both forms that Hugging Face has, and handed on in that of files."""

@@ -137,6 +137,9 @@ def test_foreign_files_need_bytes_and_an_end(tmp_path):
     (tmp_path / "tokenizer.json").write_text(foreign(["<stop>"]), encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
     assert load_tokenizer(str(tmp_path)).eos_id == 0
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<other>"}))
+    with pytest.raises(UserError, match="does not have the eos_token of its folder, <other>"):
+        load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="this path does not exist"):
         load_tokenizer(str(tmp_path / "absent.json"))
     (tmp_path / "empty").mkdir()

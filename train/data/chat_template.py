@@ -530,7 +530,8 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
         if isinstance(found, str):
             return {"default": found}, str(path)
         if isinstance(found, list):
-            named = {one["name"]: one["template"] for one in found if isinstance(one, dict) and "template" in one}
+            pairs = [(one.get("name"), one.get("template")) for one in found if isinstance(one, dict)]
+            named = {kind: source for kind, source in pairs if isinstance(kind, str) and isinstance(source, str)}
             if "default" in named:
                 return {kind: named[kind] for kind in TEMPLATE_FILES if kind in named}, str(path)
     raise UserError(

@@ -98,8 +98,10 @@ class Tokenizer:
         if found is None:
             raise _refuse(
                 name,
-                "has no end-of-document token with a known name",
-                'add a tokenizer_config.json with "eos_token" to its folder',
+                f"does not have the eos_token of its folder, {eos}"
+                if eos
+                else "has no end-of-document token with a known name",
+                'state an "eos_token" of its vocabulary in the tokenizer_config.json of its folder',
             )
         markers = next((each for each in FIM_NAMES if all(part in names for part in each)), None)
         self.eos, self.eos_id = found, names[found]
