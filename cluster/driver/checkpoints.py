@@ -25,7 +25,8 @@ def claim_attempt(folder: Path, timeout: float) -> int:
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     with hold_lock(checkpoints, timeout):
-        number = max([0, read_fence(checkpoints), *started, *recorded]) + 1
+        # a copy of the run folder may lack the hidden fence: its checkpoints name their attempts, too
+        number = max([0, read_fence(checkpoints), newest(folder).attempt, *started, *recorded]) + 1
         write_fence(checkpoints, number)
     return number
 

@@ -269,6 +269,17 @@ def test_an_old_attempt_cannot_write_any_more(tmp_path):
         Checkpointer(tmp_path, rank=1, world_size=2, attempt=0)
 
 
+def test_a_copy_without_the_hidden_fence_goes_on_after_its_checkpoints(tmp_path):
+    """`cp run/*` and most uploads leave hidden files out."""
+    for step in (4, 6, 8):
+        save(checkpointers(tmp_path, 1, attempt=5), step, states(step, 1))
+    (tmp_path / ".fence").unlink()
+    attempt = next_attempt(tmp_path)
+    assert attempt == 6
+    assert save(checkpointers(tmp_path, 1, attempt=attempt, keep=2), 10, states(10, 1))[0].ok
+    assert steps(tmp_path) == [8, 10] and newest_intact(tmp_path).path == tmp_path / "step_00000010"
+
+
 def test_an_attempt_overtaken_before_its_commit_renames_nothing(tmp_path):
     """Its votes are all in; the new attempt starts between them and the rename."""
     old = Committer(tmp_path, 0, 1, timeout=5)

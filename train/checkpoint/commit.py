@@ -51,8 +51,11 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """Returns the number for a new attempt of the run."""
-    return read_fence(root) + 1
+    """Returns the number for a new attempt of the run: higher than the fence, and than the attempts of all checkpoints.
+
+    A copy of the folder may lack the hidden fence.
+    """
+    return max([read_fence(root), *(manifest.attempt for manifest in checkpoints(root))]) + 1
 
 
 @dataclass(frozen=True)

@@ -479,6 +479,13 @@ def test_the_number_of_an_attempt_that_started_no_rank_is_not_given_again(tmp_pa
     assert claim_attempt(tmp_path, 10.0) == 13
 
 
+def test_a_copied_run_without_hidden_files_gets_a_number_after_its_checkpoints(tmp_path):
+    manifest = tmp_path / "checkpoints" / "step_00000004" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"attempt": 5}')
+    assert claim_attempt(tmp_path, 10.0) == 6
+
+
 @pytest.mark.parametrize(
     "line", ["[]", "7", '{"attempt": 3}', '{"attempt": "3", "kind": "x", "text": "", "time": 0}', "[" * 9999]
 )
