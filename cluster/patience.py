@@ -12,9 +12,11 @@ from collections import defaultdict, deque
 from conf.schema import Cluster
 
 START_PHASE, STEP_PHASE = "start", "step"
-STEP_PHASES = (STEP_PHASE, "on_step")
-"""Phases of a step: the step itself and the callbacks' hook."""
-PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
+STEP_HOOKS = ("on_batch", "on_update", "on_skip", "on_step")
+"""Hooks of callbacks that are called in steps."""
+STEP_PHASES = (STEP_PHASE, *STEP_HOOKS)
+"""Phases of a step: the step itself and the callbacks' hooks."""
+PATIENT_PHASES = ("checkpoint", "on_start", *STEP_HOOKS, "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may be slow."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
 """Minimum seconds of silence before a run is late. STEP_FLOOR is for steps, OTHER_FLOOR for other phases."""

@@ -3,6 +3,7 @@
 Its values change only when reports arrive, so that a tick of the driver costs little.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
 
@@ -16,12 +17,12 @@ NAMED_RANKS = 8
 class RankWatch:
     """Watches ranks from their start.
 
-    names: node of each rank; empty for one machine. saved: step of the newest checkpoint.
+    names: node of each rank; empty for one machine. saved: step of the newest checkpoint; -1 if unknown.
     """
 
-    def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = 0):
+    def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = -1):
         self.reports = {rank: RankReport(rank) for rank in ranks}
-        self.names, self.saved = names, max(saved, 0)
+        self.names, self.saved = names, saved if saved >= 0 else sys.maxsize
         self.moved = now
         """Time at which a rank last entered another step or phase, or ended."""
         self.alive = now
@@ -74,7 +75,7 @@ class RankWatch:
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
         self.forgive(now, max(0.0, starved))
-        doing, step = self.doing, self.step
+        doing, step, starting = self.doing, self.step, self._phases["on_start"] > 0
         for report in reports:
             old = self.reports[report.rank]
             if (report.step, report.phase, report.ended) != (old.step, old.phase, old.ended):
@@ -95,7 +96,7 @@ class RankWatch:
             self._patience.on_gpu |= report.on_gpu
             if report.sequences:
                 self._patience.take_work(report.sequences)
-        if self.first_step is None and self.step >= 0:
+        if starting or (self.first_step is None and self.step >= 0):  # in on_start, ranks report the step before
             self.first_step = self.step
         if self.moved == now:
             self._elsewhere = set()

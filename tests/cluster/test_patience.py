@@ -117,6 +117,25 @@ def test_the_first_step_is_a_start_until_it_is_done():
         assert watch.stepping
 
 
+def test_a_resumed_first_step_has_the_time_of_a_start_where_no_checkpoint_is_known():
+    """On one machine and under torchrun; also after a callback at the start, which reports the step before."""
+    for before in ([], [RankReport(0, step=100, phase="on_start")]):
+        watch = RankWatch([0], {}, Patience(HANG_AFTER, START), 0.0)
+        watch.take(1.0, before)
+        watch.take(2.0, [RankReport(0, step=101, phase="step")])
+        assert watch.doing == "start" and not watch.is_hung(HANG_AFTER + 10) and watch.is_hung(START + 10)
+        watch.take(500.0, [RankReport(0, step=102, phase="step")])
+        assert watch.doing == "step" and watch.is_hung(500 + HANG_AFTER + 10)
+
+
+@pytest.mark.parametrize("phase", ["on_batch", "on_update", "on_skip", "on_step"])
+def test_a_callback_in_a_step_has_the_time_of_a_collective(phase):
+    patience = Patience(2000.0, START, timeout=600.0)
+    patience.take("step", 1.0)
+    patience.finish("step")
+    assert (patience.kill_limit("step"), patience.kill_limit(phase)) == (60.0, 600.0)
+
+
 def test_what_a_rank_did_that_has_ended_says_nothing_of_the_others():
     run = Run(2)
     run.steps(1.0)

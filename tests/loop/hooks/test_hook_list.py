@@ -3,15 +3,19 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from cluster.run_files import progress_path
 from conf.errors import UserError
 from conf.load import compose
 from tests.layouts import run_layout, train_rank
 from tests.small import metrics
 from train.checkpoint.manifest import read_manifest
-from train.loop.hooks.callbacks import make_callbacks
+from train.loop.hooks.callbacks import Callback, make_callbacks
+from train.loop.hooks.rank_progress import RankProgress
 from train.loop.live_run import HOOK_METHODS
 
 TALLY = "callbacks=[{_target_: tests.own_hooks.Tally}]"
@@ -68,6 +72,23 @@ def train_seen(rank: int, config_path: str, world: int, store: str) -> None:
     LiveRun.tell, CommRing.name_group, CommRing.begin = told, named, begun
     train_rank(rank, config_path, world, store)
     (Path(config_path).parent / f"seen_{rank}.json").write_text(json.dumps(seen))
+
+
+class Seen:
+    """Notes which phase the rank's progress file names while it works."""
+
+    def __init__(self, path: str):
+        self.path, self.phases = Path(path), []
+
+    def on_update(self, run, step):
+        self.phases.append(json.loads(self.path.read_text())["phase"])
+
+
+def test_a_slow_callback_of_a_step_is_reported_as_long_as_it_works(tmp_path):
+    path, seen = progress_path(tmp_path, 0), Seen(str(progress_path(tmp_path, 0)))
+    run = SimpleNamespace(step=3, seconds=None, plan=SimpleNamespace(batch_size=8))
+    Callback(seen, RankProgress(tmp_path, 0, torch.device("cpu"))).on_update(run, 3)
+    assert seen.phases == ["on_update"] and json.loads(path.read_text())["phase"] == "step"
 
 
 @pytest.mark.slow

@@ -36,6 +36,22 @@ def test_the_newest_folder_is_what_an_export_gives(tmp_path, ranks):
     assert publish_weights(config, 6) == folder / "step_00000006"  # again, as by a run that was cut off there
 
 
+def test_a_run_that_goes_back_replaces_its_later_folders_and_an_ended_run_writes_a_missing_one(tmp_path):
+    words = ["log.progress=false", "log.sample_tokens=0", "steps=3", "checkpoint.every=1", "checkpoint.weights_every=1"]
+    words = arguments(tmp_path, "name=back", *words)
+    train_on(compose(*words), 1)
+    folder, checkpoints = (tmp_path / "runs" / "back" / name for name in ("weights", "checkpoints"))
+    first = read_folder(folder / "newest")["lm_head.weight"]
+    train_on(compose(*words, f"resume={checkpoints}/step_00000001", "optim.lr=0.01"), 1)
+    assert sorted(os.listdir(folder)) == ["newest", "step_00000002", "step_00000003"]
+    second = read_folder(folder / "newest")["lm_head.weight"]
+    assert not torch.equal(first, second)
+    (folder / "step_00000003").rename(folder / ".step_00000003.77.tmp")  # killed after its last checkpoint
+    train_on(compose(*words, "optim.lr=0.01"), 1)
+    assert sorted(os.listdir(folder)) == ["newest", "step_00000002", "step_00000003"]
+    assert torch.equal(read_folder(folder / "newest")["lm_head.weight"], second)
+
+
 @pytest.mark.parametrize(
     ("words", "rule"),
     [

@@ -33,6 +33,10 @@ class PublishedWeights:
     def on_start(self, run: LiveRun) -> None:
         if run.config.checkpoint.weights_every:
             check_family(run.config, family_of(run.config, run.state.family), alone=run.config.adapter.on)
+            if run.writer is not None:
+                drop_later(run.folder / WEIGHTS_FOLDER, run.state.step)
+                if run.state.step:
+                    self.on_save(run, run.state.step)  # an earlier start may have ended between checkpoint and folder
 
     def on_save(self, run: LiveRun, step: int) -> None:
         every = run.config.checkpoint.weights_every
@@ -46,6 +50,25 @@ class PublishedWeights:
                 publish_weights(run.config, step)
 
 
+def drop_later(folder: Path, step: int) -> None:
+    """Remove the folders of steps after `step`, which the run repeats, perhaps with other settings; and partial folders
+    of killed processes."""
+    found = sorted(folder.glob(STEP_FOLDERS))
+    kept = [one for one in found if one.name <= step_name(step)]
+    if kept != found:
+        point_to(kept[-1]) if kept else (folder / NEWEST).unlink(missing_ok=True)
+    for old in [*found[len(kept) :], *folder.glob(f".{STEP_FOLDERS}.tmp")]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def point_to(target: Path) -> None:
+    """Replace the link `newest` by a link to `target`."""
+    temporary = target.with_name(f".{NEWEST}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.rename(target.with_name(NEWEST))
+
+
 def publish_weights(config: Config, step: int) -> Path:
     """Write this step's checkpoint as a Hugging Face folder, and point the link `newest` to it. Returns the folder.
 
@@ -57,10 +80,7 @@ def publish_weights(config: Config, step: int) -> Path:
         checkpoint = str(RunPaths(config).checkpoints / step_name(step))
         section = replace(config.export, to=str(target), checkpoint=checkpoint, ema=False, merge=False)
         write_export(replace(config, export=section), silent)
-    temporary = folder / f".{NEWEST}.{os.getpid()}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.rename(folder / NEWEST)
+    point_to(target)
     for old in sorted(folder.glob(STEP_FOLDERS))[:-KEPT_FOLDERS]:
         shutil.rmtree(old, ignore_errors=True)
     return target
