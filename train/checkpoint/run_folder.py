@@ -81,7 +81,7 @@ class RunFolder(RunPaths):
             check_space(config, checkpoint_bytes)
             self.checkpoints.mkdir(exist_ok=True)
             self.logs.mkdir(exist_ok=True)
-            self._before = read_plain(self.config_path).decode() if self.config_path.is_file() else None
+            self._before = read_plain(self.config_path).decode(errors="replace") if self.config_path.is_file() else None
             if place := wandb_place(self.path):
                 atomic_write_json(self.wandb / WANDB_PLACE, place)
             write_config(config, str(self.config_path))
