@@ -1,5 +1,6 @@
 """lm-evaluation-harness on our models: its three requests against plain computations, and a task with local data."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import ROOT
+from tests.generate.test_decoder import random_model
 from tests.ranks import run_module
 from tests.small import TEXT, environment
 
@@ -119,6 +121,17 @@ def test_generation_is_greedy_and_ends_before_a_stop_word(harness):
     stop = text[1:3]
     (cut,) = harness.generate_until([asked(context, {"until": [stop], "max_gen_toks": 6})])
     assert cut == text[: text.index(stop)]
+
+
+def test_a_limit_above_the_models_length_leaves_the_context_whole(harness):
+    contexts = "while the", "bias keeps the", "experts every token to the", "routes every", "even while the loss"
+    own = copy.copy(harness)
+    own._model = random_model(harness._model.config, 24)  # its choices depend on all tokens before them
+    few, many = (
+        own.generate_until([asked(context, {"until": [], "max_gen_toks": count}) for context in contexts])
+        for count in (4, 256)
+    )
+    assert all(longer.startswith(text) for text, longer in zip(few, many, strict=True))
 
 
 def write_tasks(folder) -> list[dict]:

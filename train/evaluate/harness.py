@@ -168,7 +168,7 @@ class Harness(TemplateLM):
     def _generate(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        tokens = min(settings.get("max_gen_toks", NEW_TOKENS), self._seq_len - 1)
+        tokens = min(settings.get("max_gen_toks", NEW_TOKENS), self._seq_len // 2)  # leaves room for the context
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
         prompts = [self.tok_encode(context)[-(self._seq_len - tokens) :] for context in contexts]
         generation = Generation(
