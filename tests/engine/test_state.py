@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conf.errors import UserError
 from conf.load import compose
-from tests.engine.scenario import LAYOUTS, SMALL, Played, play, policy_batch, share, worst_difference
+from tests.engine.scenario import LAYOUTS, SMALL, Played, config_of, play, policy_batch, share, worst_difference
+from tests.ranks import run_ranks
 from train.data.prepare_progress import silent
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.export.run import write_export
+from train.loop.open_engine import open_engine
 
 
 def two_updates(played: Played) -> None:
@@ -117,3 +120,19 @@ def test_an_adapter_is_handed_out_alone_or_added_once(tmp_path, name):
     plain, bare = one[f"merged.{stem}.weight"], one[f"before.{stem}.weight"]
     assert b.abs().max() > 0 and torch.allclose(plain - bare, 4 * b @ a, atol=1e-6)
     assert [key for key in one if key.startswith("merged.") and key.endswith("e_score_correction_bias")]
+
+
+def other_base(rank: int, folder: str) -> None:
+    adapters = []
+    for number in (1, 2):
+        more = f"runs={folder}", "resume=never", f"seed={number}"
+        base = open_engine(config_of(*more)).save(Path(folder) / f"base_{number}")
+        adapters.append(open_engine(config_of(*more, *ADAPTER[:-1], f"init_from={base}")))
+    path = adapters[0].save(Path(folder) / "adapter")
+    adapters[0].load(path)
+    with pytest.raises(UserError, match="other weights than the base of the adapter"):
+        adapters[1].load(path)
+
+
+def test_an_adapter_is_not_loaded_beside_another_base(tmp_path):
+    run_ranks(other_base, str(tmp_path), world_size=1)

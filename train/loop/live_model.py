@@ -18,7 +18,7 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
-from train.checkpoint.trained_with import require_adapter, require_model
+from train.checkpoint.trained_with import require_adapter, require_base, require_model
 from train.generate.decoder import Decoder, RoutingTap
 from train.generate.generation import DrawnText, Generation, Limits
 from train.generate.sampling import Sampler
@@ -61,6 +61,8 @@ class LiveModel:
         config, found = self._config, read_manifest(path)
         require_model(config, path, found.meta)
         require_adapter(config, path, found.meta)
+        if self.state.base is not None:
+            require_base(config, path, found.meta, self.state.base)
         files, optimizer = FolderFiles(path), config.optim.facts.name
         problem = load_state(self.state, found.meta, optimizer, lambda wanted: fill_shards(found, files, wanted))
         if problem is not None:
