@@ -11,7 +11,7 @@ import torch
 from conf.errors import UserError
 from tests.engine.scenario import Played, any_experts, config_of, play, policy_batch, rows_of, share, worst_difference
 from tests.ranks import run_processes, run_ranks
-from train.data.batch import GivenSample, batch_of_samples
+from train.data.batch import Batch, GivenSample, batch_of_samples
 from train.loop.open_engine import open_engine
 
 
@@ -73,6 +73,8 @@ def refused(played: Played) -> None:
             lambda: engine.logprobs(replace(good, tensors={"temperatures": torch.zeros(8, 25)})),
             "above 0 at every learnt",
         ),
+        (lambda: engine.forward_backward(replace(good, supervised_BS=None), "ppo"), "if a batch has padding"),
+        (lambda: engine.forward_backward(Batch(good.tokens_BS[:, :2])), "1 MTP modules predict later tokens"),
         (engine.update, "a forward_backward with last=True"),
         (lambda: engine.update(21), "must be a step of the recipe, 1 to 20"),
     ]
@@ -104,6 +106,20 @@ def test_bad_input_is_refused_and_changes_nothing(tmp_path):
         play(tmp_path, "plain", plain, "micro_batch_size=2"),
     )
     assert all(torch.equal(found[key], want[key]) for key in want)
+
+
+def replayed_in_part(played: Played) -> None:
+    engine, batch = played.engine, policy_batch(played.config)
+    first = replace(rows_of(batch, 0, 4), experts_BTLK=any_experts(played.config)[:4])
+    total = engine.count([batch])
+    engine.forward_backward(first, "ppo", last=False, total=total)
+    engine.forward_backward(rows_of(batch, 4, 8), "ppo", total=total)
+    played.update()
+
+
+def test_a_step_that_replays_experts_in_some_calls_moves_no_biases(tmp_path):
+    biases = [tensor for key, tensor in play(tmp_path, "one", replayed_in_part).items() if key.startswith("bias")]
+    assert len(biases) == 4 and not any(tensor.any() for tensor in biases)
 
 
 def odd_batches(played: Played) -> None:

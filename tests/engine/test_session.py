@@ -74,13 +74,20 @@ def test_a_session_is_the_engine_of_one_process_and_is_reopened_in_another_layou
         with pytest.raises(UserError, match="must be one of cross_entropy"):
             engine.forward_backward(batch, "rlhf")
         with pytest.raises(UserError, match="must be a multiple of 2"):
-            engine.logprobs(replace(batch, tokens_BS=batch.tokens_BS[:3]))
+            engine.logprobs(batch.take(slice(0, 3)))
+        for tokens in (None, torch.tensor(3), batch.tokens_BS.tolist()):
+            with pytest.raises(UserError, match=r"must be a tensor \(sequences, tokens\)"):
+                engine.logprobs(replace(batch, tokens_BS=tokens))
+        with pytest.raises(UserError, match="if a batch has padding"):
+            engine.forward_backward(replace(batch, supervised_BS=None), "gspo")
+        with pytest.raises(UserError, match="needs arguments that are numbers or text"):
+            engine.forward_backward(batch, halved, by=torch.ones(2))
         shared = batch.tensors["old_logprobs"]
         assert engine.logprobs(replace(batch, tensors={**batch.tensors, "same": shared})).shape == shared.shape
         engine.forward_backward(batch, halved, by=torch.tensor(2.0))
         with pytest.raises(UserError, match="must be called between steps"):
             list(engine.weights())
-        assert engine.update().measured.main_loss == pytest.approx(one["first"].item(), rel=1e-5)
+        assert engine.update(torch.tensor(1)).measured.main_loss == pytest.approx(one["first"].item(), rel=1e-5)
         path = engine.save(tmp_path / "saved")
         with pytest.raises(UserError, match="in use"), train.session(config):
             pass

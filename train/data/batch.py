@@ -81,7 +81,9 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
     tokens_BS = batch.tokens_BS
     for name, kinds in BATCH_KINDS.items():
         tensor = getattr(batch, name)
-        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.dtype not in kinds or tensor.dim() != 2):
+        if tensor is None and name != "tokens_BS":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in kinds or tensor.dim() != 2:
             given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             rule = f"must be a tensor (sequences, tokens) of {kinds[0]}"
             raise UserError(f"batch.{name}", given, rule, "convert it")
@@ -115,6 +117,13 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
                 "must be above 0 at every learnt token",
                 "leave out tokens of greedy sampling",
             )
+
+
+def require_mask(batch: Batch) -> None:
+    """Raise UserError for a batch with padding that does not say which tokens are learnt: padding would be learnt."""
+    if batch.supervised_BS is None and batch.documents_BS is not None and (batch.documents_BS < 0).any():
+        cure = "for example supervised_BS = documents_BS >= 0"
+        raise UserError("batch.supervised_BS", None, "must be given if a batch has padding (document -1)", cure)
 
 
 def _check_documents(batch: Batch) -> None:

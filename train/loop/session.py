@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from operator import methodcaller
 from pathlib import Path
 from socket import create_server
 from types import TracebackType
@@ -38,7 +39,7 @@ from conf.load import write_config
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.update_result import Update
-from train.data.batch import Batch
+from train.data.batch import Batch, check_given_batch, require_mask
 from train.loop.layout_check import check_layout
 from train.loop.measure import MeasuredStep
 from train.loop.stop import StopKind
@@ -106,7 +107,9 @@ class Session:
         """See `Engine.forward_backward`. loss: name, import path, or importable function."""
         name = loss if isinstance(loss, str) else _import_path(loss)
         more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
-        self._call("forward_backward", {**more, "settings": settings}, _plain(batch))
+        tensors = self._plain(batch)
+        require_mask(batch)
+        self._call("forward_backward", {**more, "settings": settings}, tensors)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
         """See `Engine.update`."""
@@ -121,7 +124,7 @@ class Session:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """See `Engine.logprobs`."""
-        return self._call("logprobs", {}, _plain(batch))[1]["logprobs"]
+        return self._call("logprobs", {}, self._plain(batch))[1]["logprobs"]
 
     def count(self, batches: Sequence[Batch]) -> StepTotal:
         """See `Engine.count`."""
@@ -202,6 +205,20 @@ class Session:
             self._send(method, said, tensors)
             return self._answer()
 
+    def _plain(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns copies of a batch's tensors by name. Raises UserError.
+
+        Copies are needed, because safetensors refuses tensors that share memory.
+        """
+        check_given_batch(batch, self._config.model.vocab_size)
+        named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
+        named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
+        return {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in named.items()
+            if tensor is not None
+        }
+
     @contextmanager
     def _whole_call(self) -> Iterator[None]:
         """End the session if a call is interrupted, for example by Ctrl-C."""
@@ -221,9 +238,12 @@ class Session:
         if self._is_reading:
             rule = "comes while weights() still has tensors"
             raise UserError("session", method, rule, "read all of them first, as dict(engine.weights())")
+        try:  # arguments may be numbers of NumPy or torch
+            text = json.dumps({"method": method, **said}, default=methodcaller("item"))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(method, error, "needs arguments that are numbers or text", "convert them") from None
         with suppress(ConnectionError):  # if rank 0 has ended, `_answer` finds the reason
-            # Settings of a loss may be numbers of NumPy or torch.
-            self._link.send_bytes(json.dumps({"method": method, **said}, default=float).encode())
+            self._link.send_bytes(text.encode())
             self._link.send_bytes(save(tensors or {}))
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -277,20 +297,6 @@ def _kill(driver: subprocess.Popen) -> None:
     if driver.poll() is None:
         driver.kill()
         driver.wait()
-
-
-def _plain(batch: Batch) -> dict[str, Tensor]:
-    """Returns copies of a batch's tensors by name.
-
-    Copies are needed, because safetensors refuses tensors that share memory.
-    """
-    named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
-    named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in named.items()
-        if tensor is not None
-    }
 
 
 def batch_of(tensors: dict[str, Tensor]) -> Batch:

@@ -39,7 +39,7 @@ from conf.pipeline_schedules import check_schedule
 from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.update_result import Update
-from train.data.batch import Batch, check_given_batch
+from train.data.batch import Batch, check_given_batch, require_mask
 from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind
 from train.model.count import indexer_layers, moe_layers
@@ -140,8 +140,12 @@ class Engine:
         - terms: parts of `TERMS` to use; None: all parts, but without `biases` if experts are replayed
         """
         batch = self._checked(batch)
+        require_mask(batch)
         token_loss = self._find_loss(loss, batch, settings)
         chosen = self._terms(terms, batch)
+        if (length := batch.tokens_BS.size(1)) < (least := self._config.model.mtp_depth + 2):
+            rule = f"must be {least} or more: {self._config.model.mtp_depth} MTP modules predict later tokens"
+            raise UserError("batch.tokens_BS", f"{length} tokens", rule, "pad the sequences, with document -1")
         if self.clip is not None and batch.supervised_BS is not None:
             rule = "uses the scores of all positions, including padding, and this batch has padding"
             raise UserError("optim.qk_clip", self._config.optim.qk_clip, rule, "leave it out")
@@ -155,7 +159,7 @@ class Engine:
         plan = self._schedules.plan(min(self.step + 1, self._config.steps))
         if "mtp" not in chosen:
             plan = replace(plan, mtp_weight=0.0)
-        self._moves_biases = "biases" in chosen
+        self._moves_biases = "biases" in chosen and (self._open is None or self._moves_biases)
         self._pass(plan, batch, total, last, token_loss, "balance" in chosen)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
