@@ -174,7 +174,9 @@ def _choose_hold_out(config: Config) -> HoldOutBy:
         folder = Path(given or "").expanduser()
         folders += [folder.absolute().parents[1]] if (folder / "manifest.json").is_file() else [folder] * bool(given)
     run = next((one / "config.yaml" for one in folders if (one / "config.yaml").is_file()), None)
-    return HoldOutBy.content if run is None else HoldOutBy(_setting_of(run, "data.hold_out_by") or HoldOutBy.name)
+    if run is None or _setting_of(run, "data") is None:  # a damaged file does not tell that an earlier version wrote it
+        return HoldOutBy.content
+    return HoldOutBy(_setting_of(run, "data.hold_out_by") or HoldOutBy.name)
 
 
 def _setting_of(run: Path, key: str) -> Any:

@@ -210,13 +210,14 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
             resume_point(compose(f"runs={tmp_path}", "name=b", f"resume={path}"))
 
 
-def test_a_damaged_config_of_an_earlier_start_is_replaced(tmp_path):
-    config = compose("conf=tiny", f"runs={tmp_path}", "name=a")
-    path = tmp_path / "a" / "config.yaml"
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b""])
+def test_a_damaged_config_of_an_earlier_start_is_replaced(tmp_path, content):
+    words = "conf=tiny", f"runs={tmp_path}", "name=a"
+    new, path = compose(*words), tmp_path / "a" / "config.yaml"
     path.parent.mkdir()
-    path.write_bytes(b"\xff\xfe\0")
-    with RunFolder(config):
-        assert read_config(str(path)).name == "a"
+    path.write_bytes(content)
+    with RunFolder(compose(*words)):
+        assert read_config(str(path)) == new, "also the way to hold out documents"
 
 
 def test_a_refused_start_leaves_the_settings_of_the_run(tmp_path):
