@@ -165,7 +165,7 @@ class RankReport:
 
     @property
     def said(self) -> int | None:
-        """The exit code that the rank chose, or None."""
+        """The exit code in the rank's failure report, else of its process. None if the rank runs or is `deserted`."""
         return None if self.deserted else self.failure.code if self.failure else self.code
 
     @property

@@ -39,7 +39,7 @@ class HeldUp:
         self._nap, self._looked = nap, now
 
     def since_last_look(self, now: float) -> float:
-        """Return the seconds of delay since the previous call."""
+        """Return the seconds by which the time since the previous call exceeds `nap`, or 0."""
         held_up = max(0.0, now - self._looked - self._nap)
         self._looked = now
         return held_up

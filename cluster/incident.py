@@ -40,7 +40,8 @@ from conf.words import one_line, say, steps_in_words
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Matches the label between a fault and its consequence. Earlier versions wrote "what failed of it"."""
+"""Matches the label before the consequence in the `text` of an incident. Earlier versions wrote "what failed of it"
+as the label."""
 SHOWN_RECORDS = 40
 """Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400

@@ -60,7 +60,8 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def free_port(address: str = "") -> int:
     """Return a port that is free now on this address, by default on all addresses. Raises OSError.
 
-    The port is outside the range that the system assigns, because the system could assign it before a rank opens it.
+    If possible, the port is outside the range from which the operating system assigns ports. Otherwise another process
+    could get this port before a rank opens it.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

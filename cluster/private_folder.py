@@ -40,7 +40,7 @@ class PrivateFolder:
 
 
 def remove_dead(kind: str, parent: Path | None = None) -> None:
-    """Remove those of this user's folders of this kind that no live process uses."""
+    """Remove this user's folders of this kind that no live process uses."""
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):
         with contextlib.suppress(OSError):  # another process removes it, or it is not a folder
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -140,7 +140,7 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
     None in these cases:
 
         - the two steps agree
-        - the step equals a step from before the current period began, but no later step
+        - no step of the current periodic pattern equals this step, but an older step does
         - no earlier step is known
     """
     # The ring may have lost the beginning of the first step.

@@ -96,7 +96,8 @@ class RankWatch:
             self._patience.on_gpu |= report.on_gpu
             if report.sequences:
                 self._patience.take_work(report.sequences)
-        if starting or (self.first_step is None and self.step >= 0):  # in on_start, ranks report the step before
+        # In on_start, ranks report the step before the attempt's first step.
+        if starting or (self.first_step is None and self.step >= 0):
             self.first_step = self.step
         if self.moved == now:
             self._elsewhere = set()

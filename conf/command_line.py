@@ -301,9 +301,9 @@ def close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
 
 
 def _may_be_in(section: str, key: str) -> bool:
-    """Whether a user who typed a key of `section` may have meant `key`.
+    """Whether a user who typed an unknown key may have meant `key`. section: the unknown key without its last name.
 
-    The result is true if the user typed no section, an existing section, or a name that resembles the section of `key`.
+    The result is true if `section` is empty, begins with a top-level key, or resembles `key` or the section of `key`.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))

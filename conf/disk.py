@@ -103,7 +103,7 @@ def cure_of_writing(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str | None:
-    """Return the fix if it is the same for reading and writing."""
+    """Return the fix for a disk error if reading and writing have the same fix; None for other errors."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, repair it, and start again"
     if error.errno == errno.ELOOP:

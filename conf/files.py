@@ -191,10 +191,10 @@ TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """Return the JSON value in a file. Raises UserError if its type is not `kind`.
+    """Return the JSON value in a file. Raises UserError if the file is unreadable, or the value's type is not `kind`.
 
-    field, value, cure: content of the error. If `value` is None, the error names the path. If the disk fails, the error
-    has the cure of `cure_of_reading`.
+    field, value, cure: key, value and fix that the error shows. If `value` is None, the error shows the path as value.
+    For an OSError, it shows the fix from `cure_of_reading` instead of `cure`.
     """
     try:
         return parse_json(read_plain_text(path), kind)

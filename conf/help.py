@@ -126,7 +126,7 @@ WORD_LISTS = {
     "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
     TOP_KEYS: _sections,
 }
-"""Title and rows of the list that each argument shows."""
+"""Maps an argument of `sluice --help` to a function that returns the title and the rows of a list."""
 
 
 def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

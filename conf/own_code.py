@@ -62,7 +62,10 @@ def check_targets(config: Config) -> None:
 
 
 def is_findable(target: str, folder: str) -> bool:
-    """Whether this node has an import path's package. folder: working directory of the command."""
+    """Whether this node can find the top-level package or module of `target`, an import path.
+
+    folder: working directory of the command, which is searched last.
+    """
     return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
 
 

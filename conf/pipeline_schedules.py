@@ -15,6 +15,7 @@ class ActionSeconds:
     """Seconds of the actions of one stage; all stages are equal."""
 
     forward: float
+    """Seconds of F, a forward."""
     inputs: float
     """Seconds of I, the gradients of inputs in a backward."""
     weights: float
@@ -72,22 +73,22 @@ class ScheduleFacts:
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds / (pp - 1), for any number of stages."""
+    """Return a rank's idle seconds / (pp - 1) in 1f1b and interleaved, for any number of stages per rank."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
 def _inputs(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds / (pp - 1), if F <= I <= 2 W.
+    """Return a rank's idle seconds / (pp - 1) in zbv, if F <= I <= 2 W; see `ActionSeconds`.
 
-    The paper (zero bubble) reaches 0 with ranks that start a step before others end the previous step. In Sluice, all
-    ranks run the optimizer between two steps.
+    In the zero-bubble paper, the idle time is 0: ranks start a step before others end the previous step. In Sluice,
+    all ranks run the optimizer between two steps.
     """
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds / (pp - 1), if I <= F pp / (pp - 1); see `ActionSeconds`. The result is wrong for
-    the last rank, which has one FB pair that does not overlap.
+    """Return a rank's idle seconds / (pp - 1) in dualpipev, if I <= F pp / (pp - 1); see `ActionSeconds`. The result is
+    wrong for the last rank, which has one FB pair that does not overlap.
 
     If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """

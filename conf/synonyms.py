@@ -167,4 +167,5 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""Maps a key to the keys that disable it. If it is typed, the recipe's values of these keys are cleared."""
+"""Maps a key to the keys that disable it. If the user types the key, the recipe's values of the disabling
+keys are cleared."""

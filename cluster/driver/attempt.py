@@ -37,7 +37,7 @@ class Attempt(RankWatch):
 
     @property
     def reachable(self) -> tuple[str, ...]:
-        """Nodes with ranks that were not lost. For one node, call `reaches`."""
+        """Nodes that run ranks of the attempt and were not lost. For one node, call `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
 
     def reaches(self, node: str) -> bool:

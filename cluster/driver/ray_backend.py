@@ -114,7 +114,7 @@ class RayFleet:
         self._sweeper: subprocess.Popen | None = None
         """Process that cleans up this run's own Ray when the driver is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray must copy the program to the nodes; for a submitted Ray job, it already has."""
+        """Whether Ray must copy the program to the nodes. For a submitted job, Ray has already copied the program."""
         if config.cluster.address is None:
             self._start_embedded()
         else:

@@ -2,9 +2,9 @@
 
 A low priority slows down the ranks. A full disk for temporary files loses output of ranks and prevents the next start.
 
-The driver orders errors by time, so this file converts each node's times to the driver's clock. It subtracts the
-seconds by which the node's clock was ahead at the check. The node reads later times from a clock that nobody
-can set.
+The driver orders errors by time, so this file converts each node's times to the driver's clock: it subtracts the
+seconds by which the node's clock was ahead when the node passed the checks. This difference stays constant, because the
+node reads later times from a clock that nobody can set.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from cluster.topology import Node
 class _Vitals:
     name: str
     ahead: float = 0.0
-    """Seconds by which the node's clock was ahead of the driver's at the check."""
+    """Seconds by which the node's clock was ahead of the driver's when the node passed the checks."""
     reported: float = 0.0
-    """Last reported number of seconds by which somebody has set the node's clock ahead since the start check."""
+    """Seconds by which somebody has set the node's clock ahead since the node passed the checks, as last reported."""
     full: bool = False
     niceness: int = 0
 

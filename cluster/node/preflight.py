@@ -40,7 +40,7 @@ class Question:
     folder: str
     """Run folder."""
     word: str
-    """Content of the driver's file in the run folder."""
+    """Random text that the driver wrote to a file in the run folder. Each node must read the same text there."""
     node: str
     devices: int
     """Number of ranks that the node may hold."""
