@@ -27,14 +27,15 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""The next save waits this fraction of the timeout for an unfinished save, and then abandons it.
+"""Before a new save, a rank waits this fraction of the timeout for the unfinished previous save. Then the rank
+abandons the previous save.
 
 Below 1, because other ranks may already wait for this rank.
 """
 GRACE = 0.1
-"""If an abandoned save has not ended after this fraction of the timeout, it counts as stuck."""
+"""Fraction of the timeout: an abandoned save counts as stuck if it still runs this long after it was abandoned."""
 LEAST_GRACE = 1.0
-"""Seconds that an abandoned save has at least before it counts as stuck, even if GRACE is less."""
+"""Minimum number of seconds after which an abandoned save counts as stuck."""
 MOST_STUCK = 2
 """Maximum number of stuck saves, which occupy buffers."""
 
@@ -303,7 +304,7 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints. Returns `warning`, or a new warning if this fails."""
+        """Remove old checkpoints. Returns `warning`, or a new warning if the removal fails."""
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)
             self.committer.prune(self.keep, self.keep_every, self._protected, best)

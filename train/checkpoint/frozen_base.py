@@ -63,9 +63,9 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields (first element, number of rows) for each matrix: its rows that the interval [first, stop) touches.
+    """Yields, for each matrix, the rows that contain elements of the interval [first, stop).
 
-    The rows are extended to whole blocks.
+    Rows are given as (first element, number of rows), and extended to whole blocks.
     """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):

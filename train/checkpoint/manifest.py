@@ -69,7 +69,7 @@ class Meta(dict[str, Any]):
     """Stored values besides tensors. A missing or wrong entry raises CheckpointDamaged."""
 
     def __init__(self, path: Path, stored: dict[str, Any]):
-        """path: the path of the file that contains the meta."""
+        """path: the file that `stored` was read from; errors name it. stored: the entries by name."""
         super().__init__(stored)
         self._path = path
 

@@ -106,7 +106,7 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the minimum of `_stored` over all ranks. Collective."""
+        """Returns the smallest `_stored` of all ranks: each rank has stored this step or a newer one. Collective."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)

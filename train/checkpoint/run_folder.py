@@ -103,7 +103,7 @@ class RunFolder(RunPaths):
             )
 
     def close(self) -> None:
-        """Release the lock. If the process dies, the kernel releases it."""
+        """Release the lock. If the process dies, the operating system releases the lock."""
         os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":

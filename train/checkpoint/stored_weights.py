@@ -86,7 +86,8 @@ class StoredLora:
         return fill if self._weights is None else self._mark.watching(fill)
 
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
-        """Raise UserError if the adapter was trained with other base weights. Call it after they are read."""
+        """Raise UserError if the adapter was trained with other base weights. Call this method after all
+        base weights are read."""
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
 
@@ -185,7 +186,7 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 
 
 def mark_of(fill_base: FillShards, model: Model) -> str:
-    """Returns a fingerprint of base weights: a hash of the norm weight and the first embedding."""
+    """Returns a fingerprint of base weights: a hash of the final norm's weight and of the embedding of token 0."""
     norm, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(
         {

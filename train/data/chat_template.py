@@ -434,7 +434,10 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields (form, whether it lacks the reasoning) for each form in which a template may write `content`."""
+    """Yields the texts as which a template may write `content`, such as without its reasoning or outer whitespace.
+
+    Each item is a pair: the text, and whether the reasoning is missing in it.
+    """
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]

@@ -132,7 +132,7 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Yields (token arrays, number of tokens to skip) of each document. The first one contains `token`."""
+        """Yields (token arrays, number of tokens to skip) of each document, from the document with `token` on."""
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
         epoch = self._epoch(number)
@@ -177,7 +177,7 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        before: returns an epoch's first position. tokens: number of tokens between adjacent positions.
+        before: returns an epoch's first position. tokens: number of tokens in the stream for one position.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:

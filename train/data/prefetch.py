@@ -12,8 +12,8 @@ from train.data.batch import Batch
 class Prefetch:
     """Iterates over the batches of a plan, which a thread builds in advance.
 
-    make: builds one batch. plan: yields the arguments of `make`. An exception of `make` or the plan is raised at its
-    batch.
+    make: builds one batch. plan: yields the arguments of `make`. If `make` or `plan` raises an exception, the
+    iterator raises it instead of returning the batch.
     """
 
     def __init__(self, make: Callable[..., Batch], plan: Iterable[tuple[int, int]], ahead: int = 2):

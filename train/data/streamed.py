@@ -23,7 +23,7 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of stored marks. It exceeds the number of batches that are built in advance."""
+"""Number of newest marks (positions in the stream) in memory. More than the batches that are built in advance."""
 
 
 class StreamedData:
@@ -88,7 +88,7 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Maps the source to the number of passes over it, as a fraction; 0 until the first pass has ended."""
+        """Maps the source's name to the number of passes over the source (not an integer); 0 during the first pass."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:

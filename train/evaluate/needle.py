@@ -43,7 +43,7 @@ class Needle:
 
     @property
     def size(self) -> int:
-        """Number of a text's tokens without filler."""
+        """Number of tokens in a text that are not filler."""
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:

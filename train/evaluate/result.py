@@ -140,7 +140,7 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""Number of sequences that stands for all sequences of a source."""
+"""Used as the number of sequences if all sequences of a source are evaluated."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Sampler:
     vocab_size: int
     """Number of valid token ids; the head may have more rows."""
     temperature: float = 0.8
-    """0 takes the most likely token."""
+    """Divisor of the logits. With 0, the most likely token is chosen."""
     top_p: float = 1.0
     """Tokens are drawn from the smallest set of tokens whose total probability is at least this value."""
 

@@ -43,7 +43,7 @@ FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-"""Fields with one allowed value in every DeepSeek-V3. They may be missing."""
+"""Fields of config.json that have only one allowed value for DeepSeek-V3. The file may lack these fields."""
 SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
 """Maps fields of conf.schema.SparseAttention to equal fields of config.json."""
 INDEX_ROPE = "indexer_rope_interleave"
@@ -62,7 +62,7 @@ INDEX_SHARING = (
 )
 """Fields that tell which layers have an indexer (`full`), and which use keys of an earlier layer (`shared`)."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields that Sluice does not read, although the library transformers would. Each must have this value."""
+"""Maps fields of config.json that transformers uses, but Sluice does not, to the only value that Sluice allows."""
 READ_APART = (
     "architectures",
     "model_type",
@@ -280,7 +280,7 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
     "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
-"""Maps similar, unsupported architectures to the reason."""
+"""Maps unsupported architectures that resemble DeepSeek-V3 to the reason why they are not supported."""
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:

@@ -97,7 +97,7 @@ class LiveRun:
         """Index of the current or last completed step."""
 
     def tell(self, method: str, *what: Any) -> None:
-        """Call this method of every hook that has it. An exception ends the run."""
+        """Call the method with the name `method` of every hook that has such a method. An exception ends the run."""
         for hook in self.hooks:
             if call := getattr(hook, method, None):
                 call(self, *what)

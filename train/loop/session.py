@@ -293,7 +293,7 @@ class Session:
 
 
 def _kill(driver: subprocess.Popen) -> None:
-    """Kill the driver; the kernel then kills its ranks."""
+    """Kill the driver. The operating system then kills the driver's ranks."""
     if driver.poll() is None:
         driver.kill()
         driver.wait()

@@ -84,7 +84,10 @@ class RunState:
         return shards
 
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
-        """Returns the shards that this rank reads from a checkpoint with this meta, including the shards of hooks.
+        """Returns the shards that this rank reads from a checkpoint.
+
+        meta: the checkpoint's meta, which shows the hooks whose shards the checkpoint contains. The result includes
+        these shards.
 
         own_optimizer: whether the run's optimizer wrote the checkpoint; otherwise the optimizer's state becomes zero.
         """

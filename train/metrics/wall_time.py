@@ -134,7 +134,7 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Returns the seconds of the parts `data`, `stall` and `beside` in the time intervals `spans`."""
+    """Returns seconds in the time intervals `spans` for three parts of the wall time: `data`, `stall` and `beside`."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])
@@ -148,7 +148,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Yields pairs of consecutive records that are in one of `spans`, and the seconds between the two records."""
+    """Yields pairs of consecutive records in the same time interval of `spans`, and the seconds between both."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:

@@ -50,7 +50,7 @@ ROWS_AT_ONCE = 256
 
 
 def score(config: Config) -> int:
-    """Write the file score.to. Returns the exit code."""
+    """Score all samples and write the results to the file that the key score.to names. Returns the exit code."""
     assert config.score.data is not None and config.score.to is not None, "conf/check.py asks for them"
     target = Path(config.score.to).expanduser().absolute()
     if target.exists():

@@ -27,7 +27,7 @@ ACTION_SUMS = {
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """Returns the settings that must be equal in a plan and a run, so that they can be compared."""
+    """Returns the settings that must be equal in a plan and in a run, if the plan is compared with the run."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),

@@ -40,7 +40,7 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Data sets of a figure that shows one data set at a time."""
+    """Names in the menu of a figure that shows one of several data sets at a time; empty: no menu."""
 
 
 def curves(

@@ -41,7 +41,7 @@ SAMPLE = "sample.json"
 RELOADED = 60
 """Seconds after which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds after which a page no longer says "training"."""
+"""A page that was not written again for this number of seconds no longer says "training"."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:

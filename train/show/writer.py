@@ -70,7 +70,7 @@ class ReportSink:
 
 
 SELDOM = {"validation_loss", "weight_norm"}
-"""Metrics that few steps measure. The sinks get all of them."""
+"""Metrics that only some steps measure. The sinks get the record of every step that has one of these metrics."""
 
 
 class Sink(Protocol):

@@ -101,7 +101,7 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns two maps to the names of the modules in the frames: from ids of modules, and from weights' addresses."""
+    """Returns the names of the modules in a traceback's frames, as two maps: by id of module, by address of weight."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:

@@ -51,8 +51,10 @@ class PublishedWeights:
 
 
 def drop_later(folder: Path, step: int) -> None:
-    """Remove the folders of steps after `step`, which the run repeats, perhaps with other settings; and partial folders
-    of killed processes."""
+    """Remove the partial folders of killed processes, and the folders of steps after `step`.
+
+    The run repeats the steps after `step`, perhaps with other settings.
+    """
     found = sorted(folder.glob(STEP_FOLDERS))
     kept = [one for one in found if one.name <= step_name(step)]
     if kept != found:
