@@ -75,7 +75,7 @@ class Findings:
     unsaved: str
     """Why no files were saved; empty if saved."""
     job_peak: int
-    """Planned peak bytes of the complete rank in the job."""
+    """Planned peak bytes of this rank in the job, where the rank has all its layers at full width."""
     job_room: int | None
     """Bytes of the job's device that are free at `job_peak`, if known."""
     job_step: float | None
@@ -127,7 +127,7 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
 
 
 def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, ComparedFigure]:
-    """Returns the field `items` of `Findings`."""
+    """Returns the measured and planned bytes of weights, optimizer state, gradients and the rest (`Findings.items`)."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}

@@ -78,9 +78,9 @@ def host_memory(config: Config) -> int:
 
 
 def copies_memory(config: Config) -> int | None:
-    """Returns the bytes for in-memory copies on a host.
+    """Returns the bytes of a host's memory that in-memory copies may use.
 
-    None: their folder is on disk, or the host's memory is unknown.
+    None: the folder of the copies is on disk, or the host's memory is unknown.
     """
     hardware, folder = config.hardware, config.checkpoint.memory_folder
     if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):

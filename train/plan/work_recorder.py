@@ -462,7 +462,7 @@ def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, u
 
     gathered: width of the gathered rows, each written once and read twice
     products: multiplications per query, head and chosen key
-    up: further multiplications per query and head
+    up: multiplications per query and head, in addition to those of `products`
     made: bytes of all arguments and results
     """
     B, T, K = chosen_BTK.shape

@@ -168,7 +168,7 @@ def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tenso
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """Returns the gates of these experts. An error e of the logits changes a gate by at most the fraction 2 e."""
+    """Returns the gates of these experts. An error e of every logit changes a gate by at most 2 e times the gate."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)

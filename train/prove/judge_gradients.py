@@ -83,7 +83,7 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
     """Returns the mean of the local gradients over the ranks of a pipeline stage.
 
-    signs: if False, the function averages absolute values. If a rank recorded `sizes`, it averages those.
+    signs: False: average absolute values, which are a rank's `sizes` if recorded, else its absolute gradients.
     """
     found: State = {}
     for rank in ranks:

@@ -69,7 +69,10 @@ def judge_embedding(step: StepParts, name: str) -> None:
 
 
 def judge_embedding_back(step: StepParts, name: str) -> None:
-    """Judge the embedding's gradient: an fp32 sum over each token's positions."""
+    """Judge the embedding's gradient.
+
+    The row of a token is the fp32 sum of the output gradients at all positions with this token.
+    """
     made, table = SumOverCalls(), step.weights[f"{name}.weight"]
     for call in step.calls[name]:
         if call.has("dy"):

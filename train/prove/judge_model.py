@@ -81,7 +81,7 @@ class WholeModel:
         scale: float | None = None,
         bound: Bound | None = None,
     ) -> None:
-        """Compare a rank's tensor with `part` of the reference's step."""
+        """Compare a rank's tensor with the tensor that `part` selects from the reference's step."""
         bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 

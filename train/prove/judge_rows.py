@@ -42,7 +42,7 @@ class SentRows:
     seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
-        """Returns a sort key for the order of the computation."""
+        """Returns the key that sorts `SentRows` objects in the order of the computation."""
         kind, layer, *_ = self.name.split(".")
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 

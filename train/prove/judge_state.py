@@ -101,7 +101,7 @@ def judge_schedules(config: Config, findings: ProofFindings) -> None:
 
 
 def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
-    """Compare the counters of every rank with `tally`."""
+    """Compare the counters of every rank with the expected counters `tally`."""
     for rank in ranks:
         info = rank.info
         at.compare("applied updates", "Adam's count", info.updates, tally.updates, WHOLE_NUMBERS, rank=rank)

@@ -130,7 +130,7 @@ class RunPart:
     """0 before the resume, 1 after it."""
     config: Config
     last: int
-    """Last step of the part, after which it saves a checkpoint."""
+    """Last step of this part of the run. After this step, the run saves a checkpoint."""
     spoilt: int | None
     """Step in which one rank gets a non-finite gradient; None: no step."""
 

@@ -234,7 +234,7 @@ def _lora_modules(module: nn.Module) -> dict[str, Any]:
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:
-    """Returns the first autograd node from y whose first input is x."""
+    """Follows the autograd graph back from y, and returns the node whose first input is x."""
     node = y.grad_fn
     for _ in range(BETWEEN):
         assert node is not None

@@ -22,8 +22,9 @@ from train.prove.samples import Samples
 RUNS, FP32_RUNS = 3, 8
 """Number of perturbed runs: RUNS in low precision, FP32_RUNS in fp32."""
 MARGIN = 4.0
-"""Maximum ratio of a difference to the largest perturbed change. A rank rounds about ten times in a model part, but a
-perturbed run changes each value once.
+"""A rank may differ from the reference by at most MARGIN times the largest change in the perturbed runs.
+
+MARGIN is above 1, because a rank rounds about ten times in a model part, but a perturbed run changes each value once.
 """
 
 
@@ -50,17 +51,19 @@ class PerturbedRuns:
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
         """- unit: unit roundoff of the format.
-        - near: an additional run exchanges two experts in the balance loss if their scores differ by at most `near`.
-          None: no such run.
+        - near: largest difference of two router scores that counts as a tie. An additional run decides these ties the
+          other way in the balance loss. None: no such run.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """Returns the bound on a rank's distance from `want`, divided by `scale`.
+        """Returns the bound on the difference between a rank's tensor and the reference's tensor `want`.
+
+        The bound is a fraction of `scale`.
 
         - part: function that selects the compared tensor of a perturbed run.
-        - by_norm: whether the distance is the root mean square; False: the maximum.
+        - by_norm: whether to measure the difference by its root mean square; False: by its largest element.
         """
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]

@@ -301,7 +301,7 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
-    """Fill an adapter's frozen base weights and router biases."""
+    """Copy the proof's weights and biases into an adapter's frozen base weights and router biases."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 

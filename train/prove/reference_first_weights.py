@@ -23,7 +23,7 @@ def constant_of(name: str, dims: int) -> float | None:
 
 
 def shares(config: Values, name: str, weight: Tensor) -> Tensor:
-    """Returns values that are uniform in [0, 1] for correct weights."""
+    """Maps random weights to values that are uniform in [0, 1] if the weights have the expected distribution."""
     x = weight.double().flatten()
     if name.endswith("lora_A"):
         return (x * weight.size(-1) ** 0.5 + 1).clamp(0, 2) / 2
@@ -31,7 +31,7 @@ def shares(config: Values, name: str, weight: Tensor) -> Tensor:
 
 
 def distance(shares_N: Tensor) -> float:
-    """Returns the Kolmogorov distance from the uniform distribution, times sqrt(count)."""
+    """Returns the Kolmogorov distance of N values from the uniform distribution, times sqrt(N)."""
     below, count = shares_N.sort().values, len(shares_N)
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum(steps[1:] - below, below - steps[:-1]).max()) * count**0.5

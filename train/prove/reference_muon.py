@@ -72,7 +72,7 @@ def muon(
 ) -> tuple[Tensor, Tensor]:
     """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2).
 
-    A factor makes the root mean square of the update about that of Adam.
+    The update is scaled: its root mean square is about the same as that of an Adam update.
     """
     optim = config.optim
     momentum = optim.muon.momentum * momentum + gradient

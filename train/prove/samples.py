@@ -53,7 +53,7 @@ class Samples:
         return Batch(tokens_BS, documents_BS) if self._config.data.mask_documents else Batch(tokens_BS)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Random samples have no epochs."""
+        """Returns 0 epochs, because random samples have none."""
         return {"drawn": 0.0}
 
     def read_once(self, before: int, after: int) -> list[str]:

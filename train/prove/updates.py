@@ -36,10 +36,10 @@ class PlainUpdate:
     make: Callable[..., tuple[Tensor, ...]]
     """Takes (WeightUpdate, weight, gradient, *state); returns new weight and state."""
     size_roundings: Callable[..., list[Tensor]]
-    """Takes (WeightUpdate, before, gradient, new); returns one rounding error per element."""
+    """Takes (WeightUpdate, before, gradient, new); returns the magnitude of one rounding error for each element."""
     roundings: dict[str, int]
-    """Maximum number of fp32 roundings for each kind of state, including 16 from the clip factor. The second
-    moment has twice as many."""
+    """Maximum number of fp32 roundings for each kind of optimizer state, of which the clip factor causes half. The
+    second moment has twice as many roundings as the first, because it contains squared gradients."""
     is_whole: bool = False
     """Whether an update needs complete matrices. Then the check repeats the update in fp64."""
 

@@ -141,7 +141,7 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Yields the parts in forward order, each with the live bytes that the part's measurement does not include."""
+        """Yields the parts in forward order, each with the live bytes of the rest of the chunk while the part runs."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run

@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
         self.event = ""
         self._is_told_apart = False
         self.recorder: WorkRecorder | None = None
-        """Records the work of every operation, if given."""
+        """Recorder of the work of every operation; None: do not record work."""
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):

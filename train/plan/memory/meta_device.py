@@ -2,7 +2,8 @@
 
 Functions with results of the same shapes replace kernels that exist only on GPUs.
 
-torch's FakeTensorMode is not used: it takes 20 times as long, and without CUDA its GPU tensors abort autograd.
+torch's FakeTensorMode is not used: it takes 20 times as long as the meta device. Without CUDA, its GPU
+tensors abort autograd.
 """
 
 from collections import deque
@@ -95,12 +96,15 @@ def meta_kernels(kind: str, compiled: bool) -> Kernels:
 
 
 def _last(rows_BTX: Tensor) -> Tensor:
-    """Returns only the rows of the last block of queries."""
+    """Cuts a tensor (B, T, X) to the rows of the last block of queries."""
     return rows_BTX[:, -THRESHOLDS.attention_queries :]
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """Returns only the last rectangle (queries by keys), cut to its last queries: at most four blocks of queries."""
+    """Cuts `seen` to the last rectangle (queries by keys), and cuts this rectangle to its last queries.
+
+    The result has at most four blocks of queries.
+    """
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
@@ -121,7 +125,7 @@ def meta_precision(
     recompute_swiglu: bool,
     making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """Returns a device's precision for the meta device."""
+    """Returns the object that computes the matmuls of a kind of device (cuda or cpu) on the meta device."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":

@@ -73,7 +73,7 @@ class RankMemory:
     stages), dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers.
     """
     peak_bytes: int
-    """Sum of the items."""
+    """Peak bytes of the device: the sum of `items`."""
     peak_event: str
     """Name of the action or phase with the peak."""
     in_flight: int
@@ -123,7 +123,7 @@ def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
 
 
 def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns the bytes by which in-memory copies exceed their folder."""
+    """Returns the bytes of in-memory copies for which their folder on the fullest host has no room."""
     room = copies_memory(config)
     return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 

@@ -131,7 +131,7 @@ class ScheduleWalk:
         return self._described()
 
     def _reduce_ahead(self, action: Action) -> None:
-        """Reduce a stage's gradients after its last backward, if planned."""
+        """Reduce a stage's gradients after its last backward, if the stage has an early reduction."""
         self._left[action.stage] -= self._kind(action) in "BW"
         if self._left[action.stage] or action.stage not in self._ahead:
             return

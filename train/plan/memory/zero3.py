@@ -132,7 +132,7 @@ class Zero3Memory:
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """The arguments of `follow_gathers`."""
+        """The arguments of `follow_gathers`: weights of each unit, executions of units in order, limit in elements."""
         units = self._units()
         limit = max(sum(weight.elements for weight in unit) for unit in units)
         last, depths = len(units) - 1, self._config.model.mtp_depth
@@ -144,7 +144,7 @@ class Zero3Memory:
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights of each unit. The first unit is the whole model; all weights belong to other units."""
+        """Weights of each unit. The first unit is the model itself, and has no weights of its own."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}

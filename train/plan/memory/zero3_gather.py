@@ -61,7 +61,7 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """One weight. next_use: largest index of the visits for which DeepSpeed has requested the weight so far."""
+    """One weight. next_use: index of the last execution of a unit for which DeepSpeed has requested the weight."""
 
     shared: SharedWeight
     status: _Status = _Status.away

@@ -320,7 +320,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure of a step's mean seconds by action and work."""
+    """Returns a figure of a rank's seconds in a step, by action (such as forward) and by kind of kernel."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]

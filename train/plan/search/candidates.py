@@ -68,7 +68,7 @@ class Candidate:
     """A layout that the memory bound does not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """The recipe in this layout, before `saving` and `way` are applied."""
+    """The recipe in this layout, before `saving` (activation memory) and `way` (dispatch, wire format) are applied."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
@@ -131,7 +131,10 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Returns the possible values of cp. The maximum is the recipe's cp or, if larger, one rank per CONTEXT_TOKENS."""
+    """Returns the possible values of cp.
+
+    The maximum is the recipe's cp or, if larger, the number of ranks with CONTEXT_TOKENS tokens each.
+    """
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 

@@ -24,7 +24,8 @@ def with_changes(config: Config, **values: Any) -> Config:
 
     values: fields of the section `parallel`, and micro_batch_size, recompute, offload, loss_chunk or moments
 
-    A list in `split` becomes `cost` if the number of stages changes. virtual_stages becomes 2 if the schedule fixes it.
+    A list in `split` becomes `cost` if the number of stages changes.
+    virtual_stages becomes 2 if the schedule requires 2.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}

@@ -114,7 +114,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Returns the peak bytes of one rank under this recipe, as a quick check: the rank that is fullest in the plan."""
+    """Returns this recipe's peak bytes on the rank that is fullest in `plan`, as a quick check."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 

@@ -89,7 +89,10 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """Returns `_kept_bytes` of every rank. blocks: number of recomputed or offloaded blocks per stage"""
+        """Returns a lower bound on the activations (bytes) that each rank keeps for backward.
+
+        blocks: number of recomputed or offloaded blocks per stage
+        """
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -149,8 +152,8 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
     """Returns two lower bounds per rank on the number of micro-batches that wait for backward.
 
     - The first bounds the maximum over the step.
-    - The second bounds the maximum while another micro-batch runs forward. It is negative if no forward counts
-      (`in_flight`).
+    - The second bounds the maximum while another micro-batch runs forward. It is negative if
+      no forward runs after each stage of the rank has run its first backward.
 
     If two micro-batches overlap, only one counts, because the other does not have all activations in memory.
     """

@@ -114,7 +114,7 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """Returns arguments that select the best layout. name: its file in conf/parallel."""
+        """Returns arguments that select the best layout. name: the layout's file in conf/parallel."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
@@ -169,7 +169,7 @@ class _Miss(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """Plans a layout's memory completely. `lacking` is negative if the layout fits."""
+        """Plans a layout's memory completely. `lacking` (missing bytes) is at most 0 if the layout fits."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -338,7 +338,10 @@ class _Finder:
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """Returns the fewest recomputed or offloaded blocks per stage that may fit; None if no number does."""
+        """Returns the smallest number of recomputed or offloaded blocks per stage with which the layout may fit.
+
+        None: the layout does not fit even with the largest number.
+        """
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
@@ -367,7 +370,10 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """Returns the result of `_missed`, cached, because several candidates can have the same recipe."""
+        """Returns a layout's missing bytes and the kind of memory (`_missed`).
+
+        Results are cached, because several candidates can have the same recipe.
+        """
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)

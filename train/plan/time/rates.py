@@ -87,7 +87,7 @@ INTERVALS = {
 }
 """Expected ranges of the step time: for Sluice, and for tuned Megatron.
 
-No GPU has timed Sluice, so its range comes from the published jobs of all training programs.
+Sluice has not been timed on GPUs, so its range comes from the published jobs of all training programs.
 """
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {

@@ -261,7 +261,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """Returns a cache key that is equal for equal work."""
+        """Returns the cache key of an action's time. Actions with equal work have equal keys."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         return (*self._alike, action.kind, *kinds, self.config.parallel.zero == 3)
 

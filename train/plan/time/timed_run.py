@@ -28,9 +28,9 @@ TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
 """Timed passes through a model part; the first is discarded."""
 COUNT = 2**25
-"""Weights in the timed updates: too many for a cache."""
+"""Number of weights in the timed updates, too many for a cache."""
 PIECES = (2**14, 2**20)
-"""Weights per tensor in the timed updates."""
+"""Numbers of weights per tensor in the timed updates."""
 
 
 class TimedRun(Run):

@@ -77,9 +77,9 @@ class Orthogonal:
     elements: float
     """Number of elements of all matrices."""
     flops: float
-    """Number of operations for all matrices."""
+    """Number of operations that orthogonalise all matrices."""
     largest: float
-    """Number of operations for the most expensive matrix."""
+    """Number of operations that orthogonalise the most expensive matrix."""
     dearest: int
     """Number of matrices that need `largest` operations each."""
 
