@@ -1,6 +1,7 @@
 """Records this process's collectives, sends and receives by wrapping the methods of torch's `ProcessGroup`.
 
-A `CommLog` receives the records (format: cluster/comm_ring.py). The end of an operation on a device is not recorded.
+A `CommLog` receives the records (format: cluster/comm_ring.py). For operations on GPU tensors, only the start of the
+operation and the start of the wait are recorded, not the end.
 """
 
 import itertools
@@ -72,7 +73,7 @@ class CommLog(Protocol):
 
 
 class RecordedWork:
-    """Wraps a work object. Tells the log when a wait starts and when the work is complete."""
+    """Wraps a work object. Tells the log when a wait starts and, for CPU tensors, when the work is complete."""
 
     __slots__ = ("_at", "_ends", "_log", "_work")
 
@@ -80,7 +81,7 @@ class RecordedWork:
         self._work, self._log, self._at, self._ends = work, log, at, ends
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Wait for the work, then record its end."""
+        """Wait for the work. For CPU tensors, then record the end of the work."""
         self._log.wait(self._at)
         result = self._work.wait(*given, **named)
         if self._ends:

@@ -184,7 +184,7 @@ class ShardedOptimizer(Protocol):
     param_groups: list[dict[str, Any]]
     handover: GradientHandover
     updates: int
-    """Number of updates before this step. The optimizer's creator adds 1 per step."""
+    """Number of completed updates. The caller of `step` adds 1 after each update."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
         """Return a flat parameter's state tensors by name, created at the first call."""

@@ -2,7 +2,7 @@
 
 torch's ranks exchange addresses, and the id for NCCL's connections, through a TCPStore, which has no authentication.
 Sluice makes TCPStore's socket listen only on the node's own address. It encrypts every value, and signs it together
-with its key. Only the attempt's ranks know the secret.
+with its key. Each attempt (a start of all ranks of the run) has its own secret, which other hosts do not know.
 
 An attacker who finds the port cannot read or insert an address, but can make the attempt fail. Counters and the
 existence of keys are not signed.

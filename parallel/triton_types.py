@@ -78,7 +78,7 @@ def quick(kernel: _Launched) -> _Launched:
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set. The hook is a function, a chain of functions (with `calls`), or None."""
+    """Whether this launch hook of Triton is set: a function, a chain of functions (with `calls`), or None if unset."""
     return bool(getattr(hook, "calls", hook))
 
 

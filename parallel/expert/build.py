@@ -38,9 +38,10 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """The two functions that build a kind of dispatcher.
+    """The two functions that build one kind of dispatcher.
 
-    build: for a run. stand_in: for a rank that runs alone, from group, wire and load.
+    build: builds the dispatcher of a run.
+    stand_in: builds the dispatcher of a rank that runs alone, in a plan or a dry run.
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -95,5 +96,5 @@ def build_dispatcher(
 
 
 def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> ExchangeDispatcher:
-    """Build this dispatcher for a rank that runs alone."""
+    """Build the dispatcher `name` for a rank that runs alone, in a plan or a dry run."""
     return DISPATCHERS[name].stand_in(group, wire, load)

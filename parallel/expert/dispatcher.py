@@ -218,7 +218,7 @@ class ChainDispatcher(ExchangeDispatcher):
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
-        """Add the next fan-out. side_MX: received words after each row."""
+        """Add the next fan-out to the plan. side_MX: in each received message, the words after the encoded row."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
         """Whether the later hops start together with the first hop."""

@@ -94,7 +94,7 @@ class Lanes:
 
 
 def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    """The thread that runs all backward lanes."""
+    """Runs all backward lanes. This is the function of their thread."""
     while (job := work.get()) is not None:
         job()
         del job  # the job holds its micro-batch's graph, which must be freed now
@@ -114,7 +114,7 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that runs `work` under the caller's dispatch modes, which are per thread."""
+    """Return a function that runs `work` in another thread under the caller's torch dispatch modes."""
     modes = _get_current_dispatch_mode_stack()
     if not modes:
         return work

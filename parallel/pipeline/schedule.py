@@ -284,6 +284,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Return a chunk's keyword arguments, except tokens and None."""
+    """Return these tensors, except those that are None, as keyword arguments of a chunk."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

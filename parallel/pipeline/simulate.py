@@ -31,7 +31,7 @@ class Simulation:
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's compute time divided by the mean."""
+        """The busiest rank's compute time, divided by the mean compute time of all ranks."""
         return max(self.busy) * len(self.busy) / sum(self.busy)
 
 

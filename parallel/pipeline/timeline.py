@@ -99,7 +99,7 @@ class Timeline(Generic[Moment]):
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """Return the newest step whose times are known. On CUDA, it may be the one before the last."""
+        """Return the newest step whose times are known. On CUDA, the last step's times may be unknown yet."""
         self._settle()
         return self._newest
 

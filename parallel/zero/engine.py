@@ -168,9 +168,9 @@ class Zero:
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, everything: bool) -> int:
-        """Return the number of elements whose gradients go through DeepSpeed's bucket; see whole_weights.py.
+        """Return the number of elements whose gradients DeepSpeed copies to its bucket, the buffer for reductions.
 
-        everything: whether to count all trained weights.
+        everything: whether to count all trained weights, or only weights that several ranks hold.
         """
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 

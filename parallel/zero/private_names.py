@@ -19,8 +19,10 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """A private name of DeepSpeed, and why Sluice uses it. owner: see `require_names`.
+    """A private name of DeepSpeed, and why Sluice uses it.
 
+    owner: the argument of `require_names` that must have the name. `require_names` does not check the names of the
+        owners `import` and `constant`.
     is_fast: whether the name only saves time, so Sluice works without it.
     """
 
@@ -130,7 +132,7 @@ def require_names(**owners: object) -> None:
         param3: a weight at stage 3
         coordinator: gathers the weights at stage 3
 
-    A missing name with another `owner` raises an error when Sluice imports or uses it.
+    Names with another `owner` are not checked here. If one is missing, its import or first use raises an error.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:

@@ -25,8 +25,9 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed error of the result and of each gradient, relative to the reference without its mean (norms).
-Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 0.1.
+"""Largest allowed error of the output, the log-sum-exp and each gradient: |x - r| / |r - mean(r)|, where x is the
+core's tensor and r the reference's. Rounding to bf16 causes about 3e-3. A wrong mask, scale or head causes at least
+0.1.
 """
 TRIED_SCORE = -120.0
 """Approximate value of all scores in the test."""

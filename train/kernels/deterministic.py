@@ -22,7 +22,7 @@ LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS
 
 
 def check_settings() -> None:
-    """Raises UserError if a variable in LIBRARY_VARIABLES has another value."""
+    """Raises UserError if a variable in LIBRARY_VARIABLES has a value that is not allowed."""
     for name, values in LIBRARY_VARIABLES.items():
         if os.environ.get(name, values[0]) not in values:
             raise UserError(

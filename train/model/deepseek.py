@@ -85,9 +85,9 @@ class ModelOutputs:
     """Divisor of sums over the local learnt positions. It gives all learnt targets of a step the same weight."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
-        """Return this micro-batch's contribution to the mean of `values_BT` over all learnt tokens of the step.
+        """Return the sum of `values_BT` over the learnt tokens of this micro-batch, divided by `divisor`.
 
-        If every token is learnt, the result is the mean over this micro-batch.
+        The mean of the results of all micro-batches and ranks is the mean over all learnt tokens of the step.
         """
         return values_BT.masked_fill(~self.learnt_BT, 0).sum() / self.divisor
 
@@ -313,8 +313,9 @@ class DeepSeekV3(nn.Module):
         self.warms_indexers = False
         """Whether training changes only the indexers, set at build time. If so, attention covers all keys."""
         self.loss_divisor: float | None = None
-        """Divisor of loss sums in training, set before each step; None: the number of local positions. In eval mode,
-        the loss of supervised tokens is a sum without a divisor."""
+        """Number by which training divides the sum of the tokens' losses, set before each step; None: the number of
+        local positions. Eval mode divides by 1 if there is a mask of supervised tokens, else by the number of local
+        positions."""
         self.index_weight = 0.0
         """Weight of the indexers' losses, divided by the number of micro-batches. Set before each step."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None

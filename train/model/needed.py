@@ -23,9 +23,9 @@ class Function(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a wrapper of a Function's `backward`.
+    """Wrap a Function's `backward` in torch's once_differentiable, for calls while gradients are enabled.
 
-    If gradients are enabled, it calls the result of torch's once_differentiable, else `backward` directly.
+    While gradients are disabled, a call runs `backward` directly.
     """
     guarded = torch.autograd.function.once_differentiable(backward)
 

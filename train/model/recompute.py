@@ -33,7 +33,7 @@ class PackedTensor(Protocol):
     """An object that autograd saves instead of a tensor."""
 
     def unpack(self) -> "Tensor | PackedTensor":
-        """Return the tensor, or what an enclosing context saved instead."""
+        """Return the tensor, or the object that an enclosing context saved instead of the tensor."""
 
 
 P = TypeVar("P", bound=PackedTensor)

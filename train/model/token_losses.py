@@ -41,7 +41,7 @@ class LossTokens:
         return self.tensors[name]
 
     def mean_of_samples(self, x_BT: Tensor) -> Tensor:
-        """Return at each token the mean of x over its sample's learnt tokens: (B, T)."""
+        """Return, for each token, the mean of x over the learnt tokens of the token's sample: (B, T)."""
         samples_BT = self.samples_BT.clamp_min(0)
         shape = len(x_BT), int(samples_BT.max()) + 1
         learnt_BT = self.learnt_BT.to(x_BT.dtype)

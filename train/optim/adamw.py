@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self._compiled = moments, compiled
         self.handover = GradientHandover()
         self.updates = 0
-        """Number of completed updates of all parameter groups, for bias correction."""
+        """Number of completed updates, the same for all parameter groups. Bias correction needs it."""
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
@@ -205,7 +205,7 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """Update a shard's last elements as a padded vector, so that shard boundaries change nothing."""
+    """Update a shard's last elements as a padded vector, so that shard boundaries do not change the result."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor

@@ -160,7 +160,7 @@ class Number:
 
 
 class Size:
-    """A size of an earlier tensor, or an expression of sizes. The caller does not pass it."""
+    """A parameter computed from the sizes of earlier tensors. Callers of the `Kernel` do not pass it."""
 
     def __init__(self, size: str, kind: type = c_int64):
         self.types = [kind]
@@ -171,7 +171,7 @@ class Size:
 
 
 class Threads:
-    """torch's number of threads. The caller does not pass it."""
+    """A parameter whose value is torch's number of threads. Callers of the `Kernel` do not pass it."""
 
     def __init__(self, kind: type = c_int64):
         self.types = [kind]
@@ -181,7 +181,7 @@ class Threads:
 
 
 class Zeros:
-    """Zeros (`words` of them) for parameters that C++ ignores. The caller does not pass them."""
+    """`words` parameters that C++ ignores. They are always 0, and callers of the `Kernel` do not pass them."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words
@@ -191,7 +191,7 @@ class Zeros:
 
 
 class Table:
-    """A table from `rows_of_table`. C++ gets its address and its number of rows."""
+    """A parameter that is a table from `rows_of_table`. C++ gets the table's address and number of rows."""
 
     types = [c_void_p, c_int64]
 

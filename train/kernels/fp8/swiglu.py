@@ -24,7 +24,7 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Splits x by rows: at most `fp8_gate_and_up` elements of h belong to a result's rows. h_P2F: None if x is h."""
+    """Splits x by rows. h has at most `fp8_gate_and_up` elements in the rows of one part. h_P2F: None if x is h."""
     h_P2F = x_P if h_P2F is None else h_P2F
     return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 

@@ -58,9 +58,9 @@ class _Whole:
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """Returns the frequency f times the weight of each position: (B, 1 or T, E).
+        """Returns, for each position, the frequencies f of the position's sample times a weight: (B, 1 or T, E).
 
-        The weight of a position is `length` divided by the number of positions of its sample.
+        The weight is `length` divided by the sample's number of positions: 1 if a sample is a complete sequence.
         """
         return frequency_NE.unsqueeze(1)
 
