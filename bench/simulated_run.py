@@ -249,7 +249,7 @@ class SimulatedRun:
         """The first step is done."""
         sup, placement = self._supervisor, self._placement
         assert sup is not None and placement is not None
-        base, own = sup.current.saved, self.shapes.own
+        base, own = max(sup.current.saved, 0), self.shapes.own
         saving = self.config.checkpoint
         stalls = sum(self.pace.stall / every for every in (saving.every, saving.every_memory) if every)
         period = self.pace.step * placement.shape.micro_batches / own.micro_batches + stalls

@@ -150,7 +150,7 @@ class RankReport:
     log_tail: str | None = ""
     """Last lines of a failed rank's output; None if the driver's terminal has them."""
     deserted: bool = False
-    """Whether the rank ended before its work was complete. Code outside Sluice then chose the exit code."""
+    """Whether the rank ended before its work was complete, with an exit code that Sluice did not choose."""
 
     @property
     def ended(self) -> bool:

@@ -269,7 +269,10 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
-    """Parse the content of a ring file, with at most the `last` newest records. Raises ValueError if it is invalid."""
+    """Parse the content of a ring file. Raises ValueError if it is invalid.
+
+    last: maximum number of records to return, the newest ones
+    """
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
     _, version, records, rank, world, pid, started, host = HEADER.unpack_from(raw)

@@ -3,7 +3,6 @@
 Its values change only when reports arrive, so that a tick of the driver costs little.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
 
@@ -22,7 +21,7 @@ class RankWatch:
 
     def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = -1):
         self.reports = {rank: RankReport(rank) for rank in ranks}
-        self.names, self.saved = names, saved if saved >= 0 else sys.maxsize
+        self.names, self.saved = names, saved
         self.moved = now
         """Time at which a rank last entered another step or phase, or ended."""
         self.alive = now
@@ -51,9 +50,15 @@ class RankWatch:
         return self._ended == len(self.reports)
 
     @property
+    def begin(self) -> int:
+        """First step of the attempt, known after the first report of a step."""
+        assert self.first_step is not None
+        return self.first_step if self.saved < 0 else min(self.first_step, self.saved + 1)
+
+    @property
     def stepping(self) -> bool:
         """Whether the attempt has completed a step."""
-        return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
+        return self.first_step is not None and self.step > self.begin
 
     @property
     def doing(self) -> str:

@@ -149,7 +149,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """Return the placement `near` with a spare in place of each missing node; None if too few spares fit."""
+    """Return a copy of a placement in which a spare node replaces each missing node; None if too few spares fit."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]

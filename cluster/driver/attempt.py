@@ -19,7 +19,7 @@ class Attempt(RankWatch):
     """The state of one attempt, about which the supervisor decides."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory."""
+        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory; 0 without one, -1 if unknown."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
@@ -56,8 +56,7 @@ class Attempt(RankWatch):
         """Return the number of steps that this attempt repeats; call it after the first step. reached: highest step
         before this attempt.
         """
-        assert self.first_step is not None
-        return max(0, reached - min(self.first_step, self.saved + 1))
+        return max(0, reached - self.begin)
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
         """Store the reports that an agent sent about its ranks."""

@@ -1,8 +1,8 @@
 """Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs. It is
 no benchmark.
 
-Each node has one partner per round. At most 63 rounds are run; with thousands of nodes fewer, but at least 7. The nodes
-run the rounds without the driver (cluster/node/network_probe.py).
+Each node has one partner per round. There are at most 63 rounds. Thousands of nodes run fewer rounds, but at least 7.
+The nodes run the rounds without the driver (cluster/node/network_probe.py).
 """
 
 import statistics

@@ -31,6 +31,8 @@ class Policy:
     """A rank is slow if its work time per step stays at least this many times its peers' median."""
     saves: bool = True
     """Whether the run writes checkpoints at intervals. If not, it restarts at once when nodes return."""
+    names_checkpoint: bool = False
+    """Whether `resume` names a checkpoint. If this run has none of its own, the step of its start is then unknown."""
     copies: bool = False
     """Whether ranks keep copies in memory, from which the run can restart when nodes return."""
     calls: float = 500.0
@@ -65,5 +67,6 @@ def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
         timeout=cluster.timeout,
         restarts=cluster.restarts,
         saves=config.checkpoint.every > 0,
+        names_checkpoint=config.resume not in ("auto", "never"),
         copies=config.checkpoint.every_memory > 0,
     )

@@ -333,7 +333,9 @@ class Supervisor:
         self.phase = DriverPhase.running
         if self.attempt is None or placement.shape != self.attempt.placement.shape:
             self._patience.forget_steps()
-        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held).step, self._patience)
+        saved = max(self.saved, self.held).step
+        known = saved if self.policy.names_checkpoint else max(saved, 0)
+        self.attempt = Attempt(self.number, placement, now, known, self._patience)
         for id, ranks in self.attempt.ranks_of.items():
             self.nodes[id].live = set(ranks)
         self._note(

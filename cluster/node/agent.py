@@ -128,7 +128,7 @@ class Agent:
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """A clock set to the system time by the last call of `facts`."""
+        """Clock of this node. Each call of `facts` sets it to the system time."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None

@@ -65,7 +65,7 @@ class DispatchPlan:
     ids_TK: Tensor
     """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, and one to rows sorted by expert. Some are added when messages arrive."""
+    """One fan-out for each hop, and one to rows sorted by expert. Some fan-outs are added when messages arrive."""
     entry_of_row: Tensor | None = None
     """For node-limited dispatch and DeepEP: index of each row's gate in the received gates (M, K)."""
     gates_dtype: torch.dtype = torch.float32

@@ -83,7 +83,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """Returns as many first documents as needed: the training documents among them have `limit` characters."""
+    """Returns the first documents, until the training documents among them have `limit` characters."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

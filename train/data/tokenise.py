@@ -53,7 +53,7 @@ class _Task:
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False
-    """Whether the first part belongs to the last document of the previous task."""
+    """Whether this task begins inside a document, whose earlier text belongs to the previous task."""
 
 
 def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_Task]:

@@ -94,7 +94,7 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return, for each scale, the fp32 value that is `places` fp32 values above the scale.
+    """Return, for each scale, the fp32 number that is `places` steps between adjacent fp32 numbers above the scale.
 
     If `places` is negative, the value is below the scale. Scales must be positive.
     """

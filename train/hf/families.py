@@ -47,7 +47,8 @@ FIXED = {
 SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
 """Maps fields of conf.schema.SparseAttention to equal fields of config.json."""
 INDEX_ROPE = "indexer_rope_interleave"
-"""Field: whether the indexer's RoPE rotates adjacent elements. transformers ignores it."""
+"""Name of the field that says whether the indexer's RoPE rotates adjacent elements. The library transformers does not
+read this field."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
 """INDEX_TYPES: the field that lists the kind of each layer. INDEX_LETTERS: a letter for each kind.
 

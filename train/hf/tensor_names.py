@@ -79,7 +79,7 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return the entry of a tensor that equals one complete Sluice tensor."""
+    """Return the entry for a tensor of the folder that has the same elements as one complete Sluice tensor."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 

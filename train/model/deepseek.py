@@ -314,8 +314,8 @@ class DeepSeekV3(nn.Module):
         """Whether training changes only the indexers, set at build time. If so, attention covers all keys."""
         self.loss_divisor: float | None = None
         """Number by which training divides the sum of the tokens' losses, set before each step; None: the number of
-        local positions. Eval mode divides by 1 if there is a mask of supervised tokens, else by the number of local
-        positions."""
+        local positions. If there is a mask of supervised tokens, eval mode does not divide; else it divides by the
+        number of local positions."""
         self.index_weight = 0.0
         """Weight of the indexers' losses, divided by the number of micro-batches. Set before each step."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None

@@ -1,8 +1,9 @@
 """Defines the steps of check `loop`: calls of a custom loop and their batches. The ranks and the judge draw equal
 batches.
 
-Rows have chats of one or two samples, some with padding or without a learnt token. Every token has its own temperature
-and weight. Old and reference log-probabilities are near -log(vocabulary size), so that only some ratios are clipped.
+Each row contains one or two samples. Some rows have padding, and some have no learnt token. Every token has its own
+temperature and weight. Old and reference log-probabilities are near -log(vocabulary size), so that only some ratios
+are clipped.
 """
 
 import math

@@ -156,7 +156,7 @@ class StepEnd:
         return one.weight.elements <= self._bucket
 
     def _reduce(self, waiting: Sequence[Gradient]) -> None:
-        """Simulates a reduction, after which this rank stores its slices."""
+        """Simulates a reduction of gradients, and that this rank stores its slices of the sums."""
         meter = self._meter
         if self._bf16:
             for one in waiting:

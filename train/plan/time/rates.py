@@ -37,7 +37,8 @@ WORK_KINDS = {
 Names of rates also have a number format, such as fprop_bf16.
 """
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds of work without a fallback. Kinds that this file does not list fall back to `memory`."""
+"""Kinds of work for which no other rate replaces a missing rate. Kinds that this file does not name use the rate of
+`memory` instead."""
 HOST = ("host", "host_memory")
 """Kinds of work that offloading causes. No other rate replaces a missing rate of these kinds.
 

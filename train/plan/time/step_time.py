@@ -115,7 +115,7 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Maximum number of micro-batches per pipeline rank in the simulations from which longer steps are extrapolated."""
+"""Maximum number of micro-batches per pipeline rank that is simulated. Times of longer steps are extrapolated."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:

@@ -49,7 +49,7 @@ class UpdateTime:
     optimizer: float
     gather: float
     hidden: float = 0.0
-    """Seconds saved by reduction during passes; not included in `seconds`."""
+    """Seconds saved because gradients are reduced while passes still run; not included in `seconds`."""
 
     @property
     def seconds(self) -> float:
