@@ -74,7 +74,7 @@ class _Primary(Config):
         ]
     )
     """Hydra's defaults list: later entries override earlier ones. `_following` moves the groups on the command line
-    behind the recipe."""
+    after the recipe."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,

@@ -32,7 +32,7 @@ class Policy:
     saves: bool = True
     """Whether the run writes checkpoints at intervals. If not, it restarts at once when nodes return."""
     names_checkpoint: bool = False
-    """Whether `resume` names a checkpoint. If this run has none of its own, the step of its start is then unknown."""
+    """Whether `resume` names a checkpoint. Until this run has saved a checkpoint, its first step is then unknown."""
     copies: bool = False
     """Whether ranks keep copies in memory, from which the run can restart when nodes return."""
     calls: float = 500.0

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from cluster.comm_ring import got_on
-from cluster.patience import PATIENT_PHASES, STEP_PHASE
+from cluster.patience import PATIENT_PHASES, STEP_HOOKS, STEP_PHASE
 from conf.errors import UserError
 from conf.own_code import TARGET, make, require_arguments
 from conf.schema import Config
@@ -39,7 +39,7 @@ class Callback:
         if self._progress is not None and name in PATIENT_PHASES:
             self._progress.say(run, name)
         method(run, *what)
-        if self._progress is not None and name in ("on_batch", "on_update", "on_skip"):  # the step goes on
+        if self._progress is not None and name in STEP_HOOKS and name != "on_step":  # the step goes on
             self._progress.say(run, STEP_PHASE, run.plan.batch_size)
         got_on()
 

@@ -57,8 +57,10 @@ def drop_later(folder: Path, step: int) -> None:
     """
     found = sorted(folder.glob(STEP_FOLDERS))
     kept = [one for one in found if one.name <= step_name(step)]
-    if kept != found:
-        point_to(kept[-1]) if kept else (folder / NEWEST).unlink(missing_ok=True)
+    if kept and kept != found:
+        point_to(kept[-1])
+    elif kept != found:
+        (folder / NEWEST).unlink(missing_ok=True)
     for old in [*found[len(kept) :], *folder.glob(f".{STEP_FOLDERS}.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
 
